@@ -1,0 +1,190 @@
+"""What is wrong with a run is said at its start, before any work is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+
+from .config import VPDConfig
+from .feedback.collect import FeedbackCollector
+from .prompts import check_prompt
+
+
+if TYPE_CHECKING:
+    from .trainer import VPDTrainer
+
+
+logger = get_logger(__name__)
+
+_SHIPPED = "vpd_trl.feedback has SiblingFeedback()"
+
+
+def no_reward(prompts: list, **kwargs: Any) -> list[float]:
+    """The reward of a run without reward functions: 0 for every rollout."""
+    return [0.0] * len(prompts)
+
+
+def check_rewards(args: VPDConfig, reward_funcs: Any) -> Any:
+    """
+    The reward functions, or one that is always 0 where none are needed.
+
+    Raises:
+        ValueError: If the method needs rewards and there are none.
+    """
+    if reward_funcs is not None and reward_funcs != []:
+        return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs
+    if args.parts.refines_teacher:
+        raise ValueError(
+            f"method={args.method!r} trains its teacher on successes and failures, so it needs at least one reward "
+            "function. To distil from feedback without rewards, use method='sdpo'."
+        )
+    return [no_reward] if args.parts.distills else reward_funcs
+
+
+def check_arguments(
+    args: VPDConfig, model: Any, feedback: FeedbackCollector | None, dataset: Any, others: dict[str, Any]
+) -> None:
+    """
+    Check what is known before the model is loaded.
+
+    Raises:
+        ValueError: If something is missing, too small or not supported; the message says what to do.
+        TypeError: If `args` is not a `VPDConfig`, or prompts have a wrong type.
+    """
+    _check_dataset_size(args, dataset)
+    if not args.parts.distills:
+        if feedback is not None:
+            logger.warning(f"method={args.method!r} makes no use of feedback_fn {feedback.names}.")
+        return
+    if feedback is None:
+        raise ValueError(
+            f"method={args.method!r} learns from feedback, so it needs feedback_fn: {_SHIPPED}, or write a function "
+            "that returns one str, Feedback or None per rollout. Without feedback, use method='grpo'."
+        )
+    for name in ("tools", "environment_factory"):
+        if others.get(name):
+            raise ValueError(f"{name} is not supported with method={args.method!r} yet; use method='grpo'.")
+    quantization = others.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")
+    four_bit = getattr(quantization, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    if args.use_vllm and four_bit:
+        raise ValueError(
+            "use_vllm=True sends merged weights to vLLM, which can't be done with a model in 4 bits. Load the model "
+            "in 16 bits, or generate with transformers (use_vllm=False)."
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None:  # a stream may not know
+        _check_columns(args, columns, feedback)
+    if isinstance(dataset, Dataset):
+        check_prompt(dataset[0]["prompt"])
+
+
+def _check_dataset_size(args: VPDConfig, dataset: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        return
+    needed = args.generation_batch_size // args.num_generations
+    if len(dataset) < needed:
+        raise ValueError(
+            f"The data set has {len(dataset)} prompts, but one rollout batch takes {needed}: generation_batch_size "
+            f"({args.generation_batch_size} completions) / num_generations ({args.num_generations}). Training would "
+            "end without a step. Use more prompts, or lower per_device_train_batch_size or steps_per_generation "
+            "(gradient_accumulation_steps)."
+        )
+
+
+def _check_columns(args: VPDConfig, columns: Sequence[str], feedback: FeedbackCollector) -> None:
+    if "prompt" not in columns:
+        raise ValueError(f"The data set needs a column 'prompt'; it has {', '.join(columns) or 'none'}.")
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(
+            f"The data set has images ({', '.join(images)}), which the teacher can't be shown yet with "
+            f"method={args.method!r}. Remove the column, or use method='grpo'."
+        )
+    feedback.check_columns(columns)
+
+
+def check_model(trainer: VPDTrainer) -> None:
+    """
+    Check the model against a method that distils.
+
+    Raises:
+        ValueError: If it is not supported.
+    """
+    args, model = trainer.args, trainer.model
+    if trainer._is_vlm:
+        raise ValueError(
+            f"method={args.method!r} does not support vision-language models yet: pass the tokenizer as "
+            "processing_class to train on text alone, or use method='grpo'."
+        )
+    if is_peft_model(model):
+        from peft import PromptLearningConfig
+
+        learned_prompts = [n for n, c in model.peft_config.items() if isinstance(c, PromptLearningConfig)]
+        if learned_prompts:
+            raise ValueError(
+                f"The adapters {learned_prompts} learn prompts, which lie outside the network that the M-step reads. "
+                "Use an adapter of weights, such as LoRA."
+            )
+    vocabulary = trainer.model.get_output_embeddings().weight.shape[0]
+    if args.distillation_top_k is not None and args.distillation_top_k > vocabulary:
+        raise ValueError(
+            f"distillation_top_k ({args.distillation_top_k}) is above the size of the vocabulary ({vocabulary}); "
+            "use None for the full vocabulary."
+        )
+    if trainer.aux_loss_enabled:
+        logger.warning(
+            f"method={args.method!r} does not add the load-balancing loss of this mixture-of-experts model "
+            "(router_aux_loss_coef) to its steps."
+        )
+
+
+def check_copies(trainer: VPDTrainer) -> None:
+    """
+    Check that copies of the weights can be kept.
+
+    Raises:
+        ValueError: If the weights are sharded.
+    """
+    kept = [
+        name
+        for name, part in (
+            (f"teacher={trainer.args.teacher!r}", trainer.teacher),
+            (f"prior={trainer.args.prior!r}", trainer.prior),
+        )
+        if part.keeps_copy
+    ]
+    if kept and (trainer.is_fsdp_enabled or trainer._dist.is_zero3):
+        raise ValueError(
+            f"{' and '.join(kept)} keeps a copy of the trainable weights, which is not supported yet where FSDP or "
+            "DeepSpeed ZeRO-3 shards them. Use teacher='shared' and prior='dynamic', or DDP or ZeRO-2."
+        )
+
+
+def teacher_prompt_length(trainer: VPDTrainer) -> int | None:
+    """
+    The longest teacher prompt in tokens, or `None` if neither the user nor the model sets a limit.
+
+    Raises:
+        ValueError: If the user's limit and a completion don't fit into the model's context together.
+    """
+    args = trainer.args
+    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or args.max_completion_length is None:
+        return args.max_teacher_prompt_length
+    room = context - args.max_completion_length
+    if args.max_teacher_prompt_length is not None and args.max_teacher_prompt_length > room:
+        raise ValueError(
+            f"max_teacher_prompt_length ({args.max_teacher_prompt_length}) + max_completion_length "
+            f"({args.max_completion_length}) is above the model's context ({context}). Lower one of them; "
+            f"max_teacher_prompt_length can be at most {room}."
+        )
+    if room < 1:
+        raise ValueError(
+            f"max_completion_length ({args.max_completion_length}) leaves no room for a prompt in the model's "
+            f"context ({context})."
+        )
+    return args.max_teacher_prompt_length or room

@@ -1,0 +1,270 @@
+"""The configuration of `VPDTrainer`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
+
+from trl import GRPOConfig
+
+from .methods import METHODS, Method
+from .prompts import check_template
+
+
+TEACHERS = ("shared", "ema")
+PRIORS = ("dynamic", "fixed")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+# GRPOConfig fields that act in GRPO's own loss alone, so not in a method that distils
+_GRPO_LOSS_FIELDS = (
+    "beta",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "loss_type",
+    "importance_sampling_level",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "scale_rewards",
+    "multi_objective_aggregation",
+    "use_bias_correction_kl",
+    "router_aux_loss_coef",
+)
+
+
+@dataclass
+class VPDConfig(GRPOConfig):
+    r"""
+    Configuration of [`VPDTrainer`]: everything in [`~trl.GRPOConfig`], and the fields below.
+
+    Defaults are the paper's where it gives one. A value that is out of range raises a `ValueError` that names the
+    field, the value and what is allowed.
+
+    Parameters:
+        method (`str`, *optional*, defaults to `"vpd"`):
+            `"vpd"` trains the teacher (E-step) and distils it into the student (M-step); `"sdpo"` distils from a
+            teacher that is never trained; `"grpo"` is TRL's GRPO, untouched.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is a success when its reward (the weighted sum over the reward functions) is at least this.
+
+        > Teacher context
+
+        teacher (`str`, *optional*, defaults to `"shared"`):
+            Weights that give the M-step its targets. `"shared"`: the student's own. `"ema"`: a moving average of them
+            that follows once per rollout batch; the E-step trains the network that it follows.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            Rate r in (0, 1] of the `"ema"` teacher: average ← (1 − r) · average + r · student. The paper has 0.05 for
+            science and mathematics, 0.01 for code.
+        teacher_template (`str`, *optional*):
+            The teacher's prompt, with the fields `{prompt}`, `{solution}` and `{critique}` (the two sections are
+            empty where there is no such feedback). In a conversation it replaces the text of the last user turn; for
+            a string prompt it is the whole prompt. `None`: the question, then the sections and a request to solve it
+            for a conversation; for a string, the sections and then the prompt, so that what stands right before the
+            completion is the same for teacher and student.
+        solution_template (`str`, *optional*, defaults to a short section):
+            The section that shows a solution, with the field `{solution}`.
+        critique_template (`str`, *optional*, defaults to a short section):
+            The section that shows a critique, with the field `{critique}`.
+        max_teacher_prompt_length (`int` or `None`, *optional*):
+            Longest teacher prompt, in tokens (the paper's code has 10,240). Longer feedback is cut in the middle; the
+            question and the chat header never are. `None`: what `max_completion_length` leaves of the model's context.
+        strip_thinking (`bool`, *optional*, defaults to `True`):
+            Whether `<think>` blocks are removed from the texts that feedback functions and the teacher see.
+
+        > E-step
+
+        e_step_frequency (`int`, *optional*, defaults to `5`):
+            An E-step runs on every F-th rollout batch, the first included.
+        e_step_epochs (`int`, *optional*, defaults to `1`):
+            Passes over the rollout batch in one E-step.
+        e_step_batch_size (`int` or `None`, *optional*):
+            Completions per optimizer update of the E-step, over all processes; a multiple of
+            `per_device_train_batch_size` × processes that divides the rollout batch. `None`: the whole rollout batch.
+        e_step_learning_rate (`float` or `None`, *optional*):
+            Peak learning rate of the E-step; it follows the student's schedule. `None`: the student's.
+        e_step_min_per_class (`int`, *optional*, defaults to `1`):
+            Fewest successes, and fewest failures, in an update of the E-step; with fewer it is skipped and counted.
+        bco_temperature (`float`, *optional*, defaults to `0.1`):
+            β of the implicit reward ρ = β · (log q − log π) (eq. 7).
+        reward_shift_momentum (`float`, *optional*, defaults to `0.5`):
+            Momentum m in [0, 1) of the reward shift: δ ← m · δ + (1 − m) · batch value (eq. 9).
+        log_ratio_reduction (`str`, *optional*, defaults to `"sum"`):
+            Log-ratio of a rollout: `"sum"` over its tokens (the paper's), or their `"mean"`.
+        prior (`str`, *optional*, defaults to `"dynamic"`):
+            π of the implicit reward: `"dynamic"` is the student at the start of the E-step, `"fixed"` the initial model.
+
+        > M-step
+
+        divergence (`str`, *optional*, defaults to `"jsd"`):
+            `"jsd"` (the paper's science), `"reverse_kl"` KL(student ‖ teacher) (code) or `"forward_kl"`
+            KL(teacher ‖ student) (mathematics).
+        jsd_weight (`float`, *optional*, defaults to `0.5`):
+            Weight of the teacher in the mixture of `"jsd"`, in (0, 1).
+        distillation_top_k (`int` or `None`, *optional*):
+            Compare student and teacher on the student's k likeliest tokens (the paper: 100 for science, 20 for code).
+            `None`: on the full vocabulary, without ever holding the logits.
+        distillation_add_tail (`bool`, *optional*, defaults to `True`):
+            With `distillation_top_k`, add one event for all the other tokens; otherwise the k are renormalised.
+        m_step_normalization (`str`, *optional*, defaults to `"all"`):
+            The M-step's loss is a sum over the tokens of rollouts with feedback, divided by the number of completion
+            tokens of `"all"` rollouts of the batch, or of those `"with_feedback"` only.
+        m_step_importance_clip (`float` or `None`, *optional*):
+            Weigh each token by the ratio of the student's probability to that at sampling time, cut at this value
+            (SDPO's code: 2.0). `None`: no weights, as in the paper.
+    """
+
+    # fmt: off
+    method: str = field(default="vpd", metadata={"help": "Training method: 'vpd', 'sdpo' or 'grpo'."})
+    success_threshold: float = field(default=1.0, metadata={"help": "A rollout is a success when its reward is at least this (reward units)."})
+
+    # Teacher context
+    teacher: str = field(default="shared", metadata={"help": "Weights of the M-step's targets: 'shared' (the student's) or 'ema' (their moving average)."})
+    teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate r in (0, 1] of the 'ema' teacher: average <- (1 - r) * average + r * student, once per rollout batch. Paper: 0.05 (science), 0.01 (code)."})
+    teacher_template: str | None = field(default=None, metadata={"help": "The teacher's prompt, with the fields {prompt}, {solution}, {critique}. None: a template that suits the prompt's form."})
+    solution_template: str = field(default="\n\nA correct solution:\n\n{solution}", metadata={"help": "Section of the teacher's prompt for a solution, with the field {solution}."})
+    critique_template: str = field(default="\n\nFeedback on an earlier attempt:\n\n{critique}", metadata={"help": "Section of the teacher's prompt for a critique, with the field {critique}."})
+    max_teacher_prompt_length: int | None = field(default=None, metadata={"help": "Longest teacher prompt in tokens; longer feedback is cut. None: what the model's context leaves. Paper: 10240."})
+    strip_thinking: bool = field(default=True, metadata={"help": "Whether <think> blocks are removed from what feedback functions and the teacher see."})
+
+    # E-step
+    e_step_frequency: int = field(default=5, metadata={"help": "F: an E-step runs on every F-th rollout batch. Paper: 5."})
+    e_step_epochs: int = field(default=1, metadata={"help": "Passes over the rollout batch in one E-step."})
+    e_step_batch_size: int | None = field(default=None, metadata={"help": "Completions per E-step update over all processes. None: the whole rollout batch, one update."})
+    e_step_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the E-step, on the student's schedule. None: the student's."})
+    e_step_min_per_class: int = field(default=1, metadata={"help": "Fewest successes and failures for an E-step update; with fewer it is skipped."})
+    bco_temperature: float = field(default=0.1, metadata={"help": "Temperature of the implicit reward (beta of the paper's equation 7). Paper: 0.1."})
+    reward_shift_momentum: float = field(default=0.5, metadata={"help": "Momentum in [0, 1) of the moving-average reward shift (equation 9)."})
+    log_ratio_reduction: str = field(default="sum", metadata={"help": "Log-ratio of a rollout: 'sum' or 'mean' over its tokens. Paper: 'sum'."})
+    prior: str = field(default="dynamic", metadata={"help": "Reference of the implicit reward: 'dynamic' (the current student) or 'fixed' (the initial model)."})
+
+    # M-step
+    divergence: str = field(default="jsd", metadata={"help": "Divergence of the M-step: 'reverse_kl', 'forward_kl' or 'jsd'. Paper: 'reverse_kl' for code, 'jsd' for science, 'forward_kl' for mathematics."})
+    jsd_weight: float = field(default=0.5, metadata={"help": "Weight in (0, 1) of the teacher in the mixture of 'jsd'. Paper: 0.5."})
+    distillation_top_k: int | None = field(default=None, metadata={"help": "Compare on the student's k likeliest tokens. None: full vocabulary. Paper: 100 (science), 20 (code)."})
+    distillation_add_tail: bool = field(default=True, metadata={"help": "With distillation_top_k, add one event that holds all other tokens."})
+    m_step_normalization: str = field(default="all", metadata={"help": "Denominator of the M-step: completion tokens of 'all' rollouts, or of those 'with_feedback'."})
+    m_step_importance_clip: float | None = field(default=None, metadata={"help": "Upper bound of the importance ratio that weighs the M-step's tokens. None: no ratio, as in the paper. SDPO's code: 2.0."})
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        self._check_new_fields()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "must be divisible by num_generations" not in str(error):
+                raise
+            size = self.generation_batch_size
+            valid = [n for n in range(2, size + 1) if size % n == 0]
+            raise ValueError(
+                f"{error} Both count completions, not prompts. Valid values of num_generations here: {valid}."
+            ) from None
+        self._check_batch_sizes()
+        self._warn_about_fields_without_effect()
+
+    @property
+    def parts(self) -> Method:
+        """What `method` is made of."""
+        return METHODS[self.method]
+
+    @property
+    def divergence_alpha(self) -> float:
+        """`divergence` as one number: 0 is the forward KL, 1 the reverse KL, between them the JSD's weight."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.jsd_weight}[self.divergence]
+
+    def _check_new_fields(self) -> None:
+        for name, allowed in (
+            ("method", tuple(METHODS)),
+            ("teacher", TEACHERS),
+            ("prior", PRIORS),
+            ("divergence", DIVERGENCES),
+            ("log_ratio_reduction", ("sum", "mean")),
+            ("m_step_normalization", ("all", "with_feedback")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+
+        for name, optional in (
+            ("e_step_frequency", False),
+            ("e_step_epochs", False),
+            ("e_step_min_per_class", False),
+            ("e_step_batch_size", True),
+            ("distillation_top_k", True),
+            ("max_teacher_prompt_length", True),
+        ):
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{name} must be an integer of at least 1{' or None' if optional else ''}; got {value!r}."
+                )
+
+        self._check_number("success_threshold", "a finite number", lambda x: abs(x) != float("inf"))
+        self._check_number("teacher_update_rate", "a number in (0, 1]", lambda x: 0 < x <= 1)
+        self._check_number("bco_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"))
+        self._check_number("reward_shift_momentum", "a number in [0, 1)", lambda x: 0 <= x < 1)
+        self._check_number(
+            "jsd_weight", "a number in (0, 1); the ends are 'forward_kl' and 'reverse_kl'", lambda x: 0 < x < 1
+        )
+        self._check_number("e_step_learning_rate", "a number above 0", lambda x: 0 < x < float("inf"), optional=True)
+        self._check_number("m_step_importance_clip", "a number above 0", lambda x: x > 0, optional=True)
+
+        if self.teacher_template is not None:
+            check_template(
+                "teacher_template", self.teacher_template, needs=("prompt",), one_of=("solution", "critique")
+            )
+        check_template("solution_template", self.solution_template, needs=("solution",))
+        check_template("critique_template", self.critique_template, needs=("critique",))
+
+    def _check_number(self, name: str, allowed: str, valid: Any, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        # NaN fails every comparison, so it is refused too
+        if isinstance(value, bool) or not isinstance(value, Real) or value != value or not valid(value):
+            raise ValueError(f"{name} must be {allowed}{' or None' if optional else ''}; got {value!r}.")
+
+    def _check_batch_sizes(self) -> None:
+        if self.e_step_batch_size is None or not self.parts.refines_teacher:
+            return
+        unit = self.per_device_train_batch_size * self.world_size
+        total = self.generation_batch_size
+        if self.e_step_batch_size % unit or total % self.e_step_batch_size:
+            valid = [n for n in range(unit, total + 1, unit) if total % n == 0]
+            raise ValueError(
+                f"e_step_batch_size ({self.e_step_batch_size}) must be a multiple of per_device_train_batch_size × "
+                f"processes ({self.per_device_train_batch_size} × {self.world_size}) and divide the rollout batch "
+                f"({total}); it counts completions over all processes. Valid values here: {valid}."
+            )
+
+    def _warn_about_fields_without_effect(self) -> None:
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            cut = {
+                "top_p": (self.top_p, 1.0),
+                "top_k": (self.top_k, 0),
+                "min_p": (self.min_p, None),
+                "repetition_penalty": (self.repetition_penalty, 1.0),
+            }
+            changed = [f"{name}={value}" for name, (value, neutral) in cut.items() if value != neutral]
+            if changed:
+                warnings.warn(
+                    f"vLLM samples from a cut distribution ({', '.join(changed)}) while the trainer's log-probabilities "
+                    "are of the full one, so the importance ratio of vllm_importance_sampling_correction is biased. "
+                    "Sample from the full distribution, or set vllm_importance_sampling_correction=False.",
+                    stacklevel=4,
+                )
+        if not self.parts.distills:
+            return
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        changed = [name for name in _GRPO_LOSS_FIELDS if getattr(self, name) != defaults[name]]
+        if changed:
+            warnings.warn(
+                f"method={self.method!r} replaces GRPO's loss by the M-step, so these fields have no effect on "
+                f"training: {', '.join(changed)}.",
+                stacklevel=4,
+            )

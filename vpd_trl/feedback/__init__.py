@@ -1,0 +1,7 @@
+"""Feedback functions: what they take and give, and those that come with the library."""
+
+from .base import Feedback, FeedbackFn, Rollout
+from .sibling import SiblingFeedback
+
+
+__all__ = ["Feedback", "FeedbackFn", "Rollout", "SiblingFeedback"]

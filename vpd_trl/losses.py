@@ -1,0 +1,197 @@
+"""
+The losses of Variational Policy Distillation as pure functions.
+
+Every function takes tensors and returns one value per rollout or per token, in nats and in float32 or better. Nothing
+here logs, reduces over processes or keeps state. Equation numbers are those of the VPD paper.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from trl.kernels import ChunkedLogProbFunction
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+
+# Tokens whose logits exist at one time in `topk_divergence`: 256 × 151,936 float32 logits are 156 MB
+TOPK_CHUNK_SIZE = 256
+
+VOCABULARY_TILE = 32768
+
+
+class Head(NamedTuple):
+    """
+    What turns a hidden state h into logits: z = softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature.
+
+    `weight` is (V, H), `bias` (V,) or `None`; without `softcap` the tanh is left out.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) of hidden states (N, H), divided by the temperature, at least float32."""
+        z = F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
+        z = (z if z.dtype == torch.float64 else z.float()) * self.scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature
+
+    def detach(self) -> Head:
+        """The same head as a constant."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def token_logps(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (N,) of the tokens (N,) that follow hidden states (N, H), on tiles of the vocabulary."""
+        return ChunkedLogProbFunction.apply(
+            hidden, self.weight, self.bias, tokens, self.temperature, VOCABULARY_TILE, self.softcap, self.scale
+        )[0]
+
+
+def sequence_log_ratio(
+    teacher_logps: torch.Tensor, prior_logps: torch.Tensor, mask: torch.Tensor, *, reduction: str = "sum"
+) -> torch.Tensor:
+    """
+    Per-rollout log-ratio log q(y|x,f) − log π(y|x) (B,), nats, from per-token log-probabilities (B, T). Eq. 7.
+
+    `mask` (B, T) is 1 on the tokens that count. `reduction="sum"` is the equation's; `"mean"` divides by the number
+    of tokens (at least 1), which makes long and short rollouts comparable.
+    """
+    mask = mask.to(teacher_logps.dtype)
+    # `where`, not a product: a masked position may hold an infinity
+    total = torch.where(mask > 0, teacher_logps - prior_logps, 0.0).sum(-1)
+    return total if reduction == "sum" else total / mask.sum(-1).clamp(min=1.0)
+
+
+def bco_loss(
+    log_ratio: torch.Tensor, success: torch.Tensor, *, temperature: float, shift: float | torch.Tensor
+) -> torch.Tensor:
+    """
+    Per-rollout loss of Binary Classifier Optimization (B,), nats. Eq. 9, Jung et al. (2404.04656).
+
+    −log σ(ρ − δ) for a success and −log σ(δ − ρ) for a failure, where ρ = `temperature` · `log_ratio` (B,) is the
+    implicit reward and δ = `shift` the reward shift. `success` (B,) is boolean. It is ln 2 at zero margin; the E-step
+    adds the mean over successes and the mean over failures, which makes ln 4.
+    """
+    margin = temperature * log_ratio - shift
+    return F.softplus(torch.where(success, -margin, margin))
+
+
+def divergence(student_logps: torch.Tensor, teacher_logps: torch.Tensor, *, alpha: float) -> torch.Tensor:
+    """
+    Divergence between two distributions over the last dimension, (…, V) → (…), nats. Eq. 10.
+
+    `alpha=0` is the forward KL(teacher ‖ student), `alpha=1` the reverse KL(student ‖ teacher); between them, with
+    the mixture m = (1 − alpha) · student + alpha · teacher, the generalised Jensen–Shannon divergence
+    (1 − alpha) · KL(student ‖ m) + alpha · KL(teacher ‖ m). The teacher is a constant.
+    """
+    teacher_logps = teacher_logps.detach()
+    if alpha == 0.0:
+        return _kl(teacher_logps, student_logps)
+    if alpha == 1.0:
+        return _kl(student_logps, teacher_logps)
+    mixture = torch.logaddexp(student_logps + math.log1p(-alpha), teacher_logps + math.log(alpha))
+    return (1 - alpha) * _kl(student_logps, mixture) + alpha * _kl(teacher_logps, mixture)
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) of log-probabilities over the last dimension; an event of probability 0 under p adds 0."""
+    weight = p.exp()
+    return (weight * torch.where(weight > 0, p - q, 0.0)).sum(-1)
+
+
+def with_tail(logps: torch.Tensor) -> torch.Tensor:
+    """Append to the log-probabilities (…, K) of a few events that of all the others: log(1 − Σ exp) → (…, K+1)."""
+    # Rounding can push the sum to 1 or above; the smallest tail that float32 can tell from none keeps the log finite
+    total = torch.logsumexp(logps, dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logps, torch.log(-torch.expm1(total))], dim=-1)
+
+
+class TokenDivergence(NamedTuple):
+    """Per-token divergence (N,) with gradient to the student, and the student's entropy (N,) without; nats."""
+
+    divergence: torch.Tensor
+    entropy: torch.Tensor
+
+
+def fused_divergence(
+    student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, student: Head, teacher: Head, *, alpha: float
+) -> TokenDivergence:
+    """
+    `divergence` over the full vocabulary, from hidden states (N, H) of both, on tiles: the (N, V) logits never exist.
+
+    The work is done by TRL's `ChunkedDivergenceFunction`; both heads must have the same temperature.
+    """
+    return TokenDivergence(
+        *ChunkedDivergenceFunction.apply(
+            student_hidden,
+            student.weight,
+            student.bias,
+            teacher_hidden.detach(),
+            teacher.weight.detach(),
+            None if teacher.bias is None else teacher.bias.detach(),
+            float(alpha),
+            student.temperature,
+            student.scale,
+            student.softcap,
+            teacher.scale,
+            teacher.softcap,
+        )
+    )
+
+
+def topk_divergence(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student: Head,
+    teacher: Head,
+    *,
+    alpha: float,
+    k: int,
+    add_tail: bool = True,
+    chunk_size: int = TOPK_CHUNK_SIZE,
+) -> TokenDivergence:
+    """
+    `divergence` on the student's `k` likeliest tokens, from hidden states (N, H) of both.
+
+    Both distributions are normalised over the full vocabulary. With `add_tail`, one more event holds the probability
+    of all the other tokens; without, the k are renormalised to sum to 1. Logits exist for `chunk_size` tokens at a
+    time and are recomputed in the backward pass.
+    """
+
+    def chunk(student_hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = student.logits(student_hidden)  # (n, V)
+        student_logps = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(student_logps.exp()).sum(-1)
+            teacher_logits = teacher.logits(teacher_hidden)
+            indices = student_logps.topk(k, dim=-1).indices  # (n, k)
+            teacher_logps = teacher_logits.gather(-1, indices) - teacher_logits.logsumexp(-1, keepdim=True)
+        student_logps = student_logps.gather(-1, indices)
+        if add_tail:
+            student_logps, teacher_logps = with_tail(student_logps), with_tail(teacher_logps)
+        else:
+            student_logps, teacher_logps = student_logps.log_softmax(-1), teacher_logps.log_softmax(-1)
+        return divergence(student_logps, teacher_logps, alpha=alpha), entropy
+
+    chunks = [
+        checkpoint(chunk, s, t, use_reentrant=False)
+        for s, t in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size), strict=True)
+    ]
+    return TokenDivergence(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]))
+
+
+def importance_ratio(logps: torch.Tensor, old_logps: torch.Tensor, *, clip: float) -> torch.Tensor:
+    """
+    Clipped importance ratio min(exp(log π − log π_old), `clip`), same shape as its inputs, without gradient.
+
+    Corrects the M-step for rollouts that an older student sampled. The paper found no need for it (section 3.4).
+    """
+    return (logps.detach() - old_logps.detach()).clamp(-20.0, 20.0).exp().clamp(max=clip)

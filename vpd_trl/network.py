@@ -1,0 +1,82 @@
+"""Reading a causal language model: its hidden states, its head, its mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .losses import Head
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def completion_hidden_states(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
+) -> torch.Tensor:
+    """
+    Hidden states (B, T, H) before the head that predict the last T = `completion_length` tokens of each row.
+
+    Args:
+        model: The unwrapped model, with or without adapters in it.
+        input_ids: (B, P + T) token ids, the prompt on the left.
+        attention_mask: (B, P + T).
+        completion_length: T.
+    """
+    # `base_model` of a transformers model is what stands before the head
+    output = causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state[:, -completion_length - 1 : -1]
+
+
+def head_of(model: Any, *, temperature: float, float32: bool = False) -> Head:
+    """
+    The head of a model, with what its architecture does to the logits.
+
+    `float32` projects in float32 whatever the weights are (`cast_lm_head_to_fp32`).
+    """
+    model = causal_lm(model)
+    projection = model.get_output_embeddings()
+    weight, bias = (_full(tensor, float32) for tensor in (projection.weight, projection.bias))
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
+        if getattr(config, name, None) is not None:
+            scale = float(getattr(config, name))
+            break
+    else:
+        if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
+            multiplies = config.model_type == "hyperclovax"
+            scale = float(config.logits_scaling) if multiplies else 1 / float(config.logits_scaling)
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return Head(weight, bias, scale=scale, softcap=softcap, temperature=temperature)
+
+
+def _full(tensor: torch.Tensor | None, float32: bool) -> Any:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.float() if tensor is not None and float32 else tensor
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """
+    Evaluation mode (no dropout, no gradient checkpointing) without gradients; every module's mode comes back.
+
+    A teacher that drops out at random would give random targets.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

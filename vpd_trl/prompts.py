@@ -1,0 +1,247 @@
+"""
+From a prompt and its feedback to the teacher's prompt.
+
+The teacher reads the student's prompt with the feedback filled in, then scores the very token ids that the student
+sampled. This module makes the first part: it never sees a completion's ids, so it can't re-encode them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .feedback.base import Feedback
+
+
+Prompt = str | list[dict[str, Any]]
+
+CONVERSATION_TEMPLATE = "{prompt}{solution}{critique}\n\nNow solve the original question correctly."
+# The context comes first here: what stands right before the completion must be the student's own prompt
+STRING_TEMPLATE = "{solution}{critique}\n\n{prompt}"
+
+CUT_MARKER = "\n[... cut ...]\n"
+
+_FIELD = re.compile(r"\{(prompt|solution|critique)\}")
+_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
+_THINK_BLOCK = re.compile(f"{_THINK_OPEN}.*?{_THINK_CLOSE}", flags=re.DOTALL)
+
+
+def check_template(name: str, template: Any, *, needs: Sequence[str], one_of: Sequence[str] = ()) -> None:
+    """
+    Check that a template holds its fields.
+
+    Raises:
+        TypeError: If the template is not a string.
+        ValueError: If a field of `needs`, or all of `one_of`, are missing.
+    """
+    if not isinstance(template, str):
+        raise TypeError(f"{name} must be a string; got {type(template).__name__}.")
+    found = set(_FIELD.findall(template))
+    missing = [f"{{{f}}}" for f in needs if f not in found]
+    if not missing and one_of and not found.intersection(one_of):
+        missing = [" or ".join(f"{{{f}}}" for f in one_of)]
+    if missing:
+        raise ValueError(f"{name} lacks the field {', '.join(missing)}; got {template!r}.")
+
+
+def fill(template: str, **values: str) -> str:
+    """
+    Replace the named fields of a template, once.
+
+    Braces in the values, or in the template around other names, stay as they are: model text may hold anything.
+    """
+    return _FIELD.sub(lambda match: values.get(match.group(1), match.group(0)), template)
+
+
+def strip_thinking(text: str, *, opened: bool = False) -> str:
+    """
+    Remove `<think>…</think>` blocks, and an unfinished one at the end.
+
+    `opened` says that the prompt already ended with the opening tag, so that `text` starts inside a block.
+    """
+    if opened:
+        text = _THINK_OPEN + text
+    text = _THINK_BLOCK.sub("", text)
+    # A closing tag without an opening one: everything before it was thinking
+    text = text.rpartition(_THINK_CLOSE)[2]
+    return text.partition(_THINK_OPEN)[0].strip()
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages rather than a string."""
+    return isinstance(prompt, (list, tuple))
+
+
+def check_prompt(prompt: Any) -> None:
+    """
+    Check that the teacher's prompt can be made from this one.
+
+    Raises:
+        TypeError: If it is neither a string nor a list of messages.
+        ValueError: If it is a conversation without a user turn, or with an image in it.
+    """
+    if isinstance(prompt, str):
+        return
+    if not is_conversation(prompt):
+        raise TypeError(f"A prompt must be a string or a list of messages; got {type(prompt).__name__}.")
+    roles = [message.get("role") for message in prompt]
+    if "user" not in roles:
+        raise ValueError(
+            f"The teacher's prompt puts the feedback into the last user turn, but this conversation has none; its "
+            f"roles are {roles}."
+        )
+    for message in prompt:
+        content = message.get("content")
+        kinds = {part.get("type") for part in content} if isinstance(content, list) else set()
+        if kinds - {"text"}:
+            raise ValueError(
+                f"Only text can be shown to the teacher so far; a message has parts of type {sorted(map(str, kinds))}. "
+                "Use method='grpo' for prompts with images."
+            )
+
+
+def _text_of(content: str | list[dict[str, Any]] | None) -> str:
+    """The text of a message whose content is a string or a list of parts."""
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content if part.get("type") == "text")
+    return content or ""
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion: the string itself, or the content of its last assistant message."""
+    if isinstance(completion, str):
+        return completion
+    for message in reversed(completion):
+        if message.get("role") == "assistant":
+            return _text_of(message.get("content"))
+    return ""
+
+
+@dataclass(frozen=True)
+class TeacherPrompt:
+    """Token ids of a teacher's prompt, and whether its feedback had to be cut."""
+
+    ids: list[int]
+    cut: bool = False
+
+
+class TeacherPromptBuilder:
+    """
+    Builds the teacher's prompts (see `VPDConfig` for the fields of the same names).
+
+    Args:
+        tokenizer: The tokenizer, for its special tokens and to cut feedback.
+        tokenize: Turns prompts into token ids exactly as the student's prompts are tokenised, generation prompt
+            included: `tokenize(prompts) -> list of id lists`.
+        teacher_template: As in `VPDConfig`; `None` picks one by the prompt's form.
+        solution_template: As in `VPDConfig`.
+        critique_template: As in `VPDConfig`.
+        strip_thinking: As in `VPDConfig`.
+        max_length: Longest prompt in tokens, or `None`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tokenize: Callable[[list[Prompt]], list[list[int]]],
+        *,
+        teacher_template: str | None = None,
+        solution_template: str,
+        critique_template: str,
+        strip_thinking: bool = True,
+        max_length: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tokenize = tokenize
+        self.teacher_template = teacher_template
+        self.solution_template = solution_template
+        self.critique_template = critique_template
+        self.strip_thinking = strip_thinking
+        self.max_length = max_length
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        longest_first = sorted((re.escape(t) for t in special if len(t) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(longest_first)) if longest_first else None
+
+    def build(self, prompts: Sequence[Prompt], feedback: Sequence[Feedback | None]) -> list[TeacherPrompt | None]:
+        """
+        The teacher's prompt of each rollout; `None` where there is no feedback, or no room for any of it.
+
+        The prompts are not changed.
+        """
+        cleaned = [self.clean(f) for f in feedback]
+        rows = [i for i, f in enumerate(cleaned) if f]
+        built: list[TeacherPrompt | None] = [None] * len(prompts)
+        if not rows:
+            return built
+        ids = self.tokenize([self.render(prompts[i], cleaned[i]) for i in rows])
+        for i, row_ids in zip(rows, ids, strict=True):
+            if self.max_length is None or len(row_ids) <= self.max_length:
+                built[i] = TeacherPrompt(list(row_ids))
+            else:
+                built[i] = self._cut_to_length(prompts[i], cleaned[i])
+        return built
+
+    def clean(self, feedback: Feedback | None) -> Feedback:
+        """Feedback without thinking, and with special tokens made harmless; empty if nothing is left."""
+        if feedback is None:
+            return Feedback()
+        return Feedback(solution=self._clean(feedback.solution), critique=self._clean(feedback.critique))
+
+    def _clean(self, text: str | None) -> str | None:
+        if text is None:
+            return None
+        if self.strip_thinking:
+            text = strip_thinking(text)
+        # A space behind the first character: the text stays readable, but is no special token any more
+        while self._special and self._special.search(text):
+            text = self._special.sub(lambda match: match[0][0] + " " + match[0][1:], text)
+        return text.strip() or None
+
+    def render(self, prompt: Prompt, feedback: Feedback) -> Prompt:
+        """The prompt with the feedback filled in, in the prompt's own form."""
+        solution = fill(self.solution_template, solution=feedback.solution) if feedback.solution else ""
+        critique = fill(self.critique_template, critique=feedback.critique) if feedback.critique else ""
+        if isinstance(prompt, str):
+            template = STRING_TEMPLATE if self.teacher_template is None else self.teacher_template
+            text = fill(template, prompt=prompt, solution=solution, critique=critique)
+            return text.lstrip("\n") if self.teacher_template is None else text
+
+        template = CONVERSATION_TEMPLATE if self.teacher_template is None else self.teacher_template
+        turn = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+        content = prompt[turn]["content"]
+        text = fill(template, prompt=_text_of(content), solution=solution, critique=critique)
+        new_content = [{"type": "text", "text": text}] if isinstance(content, list) else text
+        return [*prompt[:turn], {**prompt[turn], "content": new_content}, *prompt[turn + 1 :]]
+
+    def _cut_to_length(self, prompt: Prompt, feedback: Feedback) -> TeacherPrompt | None:
+        """The prompt with as much feedback as fits, or `None` if none does."""
+        sections = {
+            name: self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for name, text in (("solution", feedback.solution), ("critique", feedback.critique))
+            if text
+        }
+        total = sum(map(len, sections.values()))
+        best: list[int] | None = None
+        low, high = 1, total - 1  # most tokens of feedback that fit, by bisection
+        while low <= high:
+            kept = (low + high) // 2
+            cut = {name: self._keep_ends(ids, kept * len(ids) // total) for name, ids in sections.items()}
+            # Decoding can bring back what `_clean` took apart
+            ids = self.tokenize([self.render(prompt, self.clean(replace(feedback, **cut)))])[0]
+            if self.max_length is None or len(ids) <= self.max_length:
+                best, low = list(ids), kept + 1
+            else:
+                high = kept - 1
+        return None if best is None else TeacherPrompt(best, cut=True)
+
+    def _keep_ends(self, ids: list[int], kept: int) -> str | None:
+        """The text of the first and last `kept` tokens: errors tend to be named first, answers last."""
+        if kept <= 0:
+            return None
+        head = self.tokenizer.decode(ids[: (kept + 1) // 2])
+        tail = self.tokenizer.decode(ids[len(ids) - kept // 2 :]) if kept > 1 else ""
+        # A cut can split a character of several bytes
+        return head.rstrip("\ufffd") + CUT_MARKER + tail.lstrip("\ufffd")

@@ -1,0 +1,115 @@
+"""What a checkpoint must hold beside weights, optimizer and random states, so that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+
+
+if TYPE_CHECKING:
+    from .trainer import VPDTrainer
+
+
+logger = get_logger(__name__)
+
+STATE_FILE = "vpd_state.pt"
+
+
+def _rollouts_file(trainer: VPDTrainer) -> str:
+    return f"vpd_rollouts_{trainer.accelerator.process_index}.pt"
+
+
+def save(trainer: VPDTrainer, folder: str) -> None:
+    """Write counters, reward shift, copies of weights and rollouts that are still in use to a checkpoint folder."""
+    os.makedirs(folder, exist_ok=True)
+    if trainer.args.should_save:
+        _write(_state_dict(trainer), os.path.join(folder, STATE_FILE))
+    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+    if trainer.parts.distills and trainer._step % generate_every:
+        # In the middle of a rollout batch: the same rollouts must be trained on after resuming
+        rollouts = {
+            "collected_step": trainer._collected_step,
+            "batches": trainer._buffered_inputs,
+            "e_step_is_pending": trainer._pending_e_step is not None,
+        }
+        _write(rollouts, os.path.join(folder, _rollouts_file(trainer)))
+
+
+def _write(value: Any, path: str) -> None:
+    # Renamed when whole, so that a file of this name is never half a file
+    torch.save(value, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
+    state: dict[str, Any] = {"method": trainer.args.method, "step": trainer._step}
+    if trainer.parts.distills:
+        state |= {
+            "teacher_kind": trainer.args.teacher,
+            "prior_kind": trainer.args.prior,
+            "rollout_batches": trainer.rollout_batches,
+            "teacher": trainer.teacher.state_dict(),
+            "prior": trainer.prior.state_dict(),
+            "e_step": trainer.e_step.state_dict(),
+        }
+    return state
+
+
+def load(trainer: VPDTrainer, folder: str) -> None:
+    """
+    Restore what `save` wrote.
+
+    Raises:
+        ValueError: If the checkpoint is of another teacher or prior, whose state can't be used.
+    """
+    path = os.path.join(folder, STATE_FILE)
+    if not trainer.parts.distills:
+        return
+    if not os.path.exists(path):
+        logger.warning(
+            f"{folder} has no {STATE_FILE}, so it was not written by a VPDTrainer with its state: the rollout counter, "
+            "the reward shift and copies of weights start anew."
+        )
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for field in ("teacher", "prior"):
+        if state.get(f"{field}_kind", getattr(trainer.args, field)) != getattr(trainer.args, field):
+            raise ValueError(
+                f"{folder} was saved with {field}={state[f'{field}_kind']!r}, but this run has "
+                f"{field}={getattr(trainer.args, field)!r}. Resume with the same value, or start from the "
+                "checkpoint's weights (model=...) instead of resuming."
+            )
+    trainer._step = state["step"]
+    _advance_sampler(trainer)
+    if "rollout_batches" not in state:  # saved with method="grpo"
+        return
+    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
+    trainer._finished_rollout_batches = trainer._step // generate_every
+    trainer.rollout_batches = state["rollout_batches"]
+    trainer.teacher.load_state_dict(state["teacher"])
+    trainer.prior.load_state_dict(state["prior"])
+    trainer.e_step.load_state_dict(state["e_step"])
+
+    rollouts = os.path.join(folder, _rollouts_file(trainer))
+    if os.path.exists(rollouts):
+        saved = torch.load(rollouts, map_location=trainer.accelerator.device, weights_only=True)
+        trainer._buffered_inputs = saved["batches"]
+        trainer._collected_step = saved["collected_step"]
+        trainer._pending_e_step = saved["batches"] if saved["e_step_is_pending"] else None
+
+
+def _advance_sampler(trainer: VPDTrainer) -> None:
+    """
+    Bring the order of prompts to the epoch that is resumed.
+
+    TRL's sampler draws a new order from its own generator each epoch, so the earlier epochs' orders are drawn first.
+    """
+    sampler = trainer._train_sampler
+    generator = getattr(sampler, "generator", None)
+    if generator is None or trainer.state.epoch is None:
+        return
+    for _ in range(int(trainer.state.epoch)):
+        torch.randperm(sampler.num_samples, generator=generator)

@@ -1,0 +1,181 @@
+"""
+What the teacher and the prior run on.
+
+Both are the student's network in another state. An object here knows that state: the context to run the network in,
+what happens after a rollout batch, and what a checkpoint must hold. The trainer never asks which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class WeightSnapshot:
+    """
+    A copy of a network's trainable weights that can stand in for them.
+
+    The copy is of the weights alone: the network's code, and its frozen weights, serve both. So an adapter's snapshot
+    is as small as the adapter, and patches of the network's methods can't lead back to the original's weights, as they
+    do in a deep copy.
+
+    Args:
+        model: The network. Which of its parameters are trainable must not change afterwards.
+        float32: Whether the copy of half-precision weights is kept in float32.
+    """
+
+    def __init__(self, model: nn.Module, *, float32: bool = False) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32) if float32 else p.dtype, copy=True)
+            for name, p in self._parameters.items()
+        }
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Run the network on the copy; the student's weights come back on leaving, also by an exception."""
+        current = {name: p.data for name, p in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.data = self.weights[name].to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = current[name]
+
+    @torch.no_grad()
+    def move_towards(self, rate: float) -> None:
+        """copy ← (1 − rate) · copy + rate · current weights."""
+        for name, parameter in self._parameters.items():
+            weight = self.weights[name]
+            weight.lerp_(parameter.detach().to(weight.device, weight.dtype), rate)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self.weights)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """
+        Copy weights in place.
+
+        Raises:
+            ValueError: If the names or shapes are not those of the network.
+        """
+        if state.keys() != self.weights.keys():
+            unknown, missing = sorted(state.keys() - self.weights.keys()), sorted(self.weights.keys() - state.keys())
+            raise ValueError(
+                f"The checkpoint's copy of the weights is of another network: it lacks {missing[:3]} and has "
+                f"{unknown[:3]} too much."
+            )
+        for name, weight in self.weights.items():
+            if state[name].shape != weight.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(weight.shape)} here."
+                )
+            weight.copy_(state[name])
+
+
+class SharedTeacher:
+    """The teacher runs on the student's weights; the E-step trains them (the paper's form)."""
+
+    # Whether the object keeps a copy of whole weights, which sharded training can't make yet
+    keeps_copy = False
+
+    def training_context(self) -> AbstractContextManager[None]:
+        """Where the E-step's forward and backward passes run."""
+        return nullcontext()
+
+    def target_context(self) -> AbstractContextManager[None]:
+        """Where the M-step's targets are computed."""
+        return nullcontext()
+
+    def after_rollout_batch(self) -> None:
+        """Called when the last M-step on a rollout batch has been made."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class EMATeacher(SharedTeacher):
+    """
+    The M-step's targets come from a moving average of the student's weights (SDPO's form).
+
+    The E-step trains the student's weights, which the average follows. The average of half-precision weights is kept
+    in float32: rounding would swallow its small steps.
+
+    Args:
+        model: The student's network.
+        rate: Share of the student in each step of the average.
+    """
+
+    keeps_copy = True
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        self.rate = rate
+        self.average = WeightSnapshot(model, float32=True)
+
+    def target_context(self) -> AbstractContextManager[None]:
+        return self.average.swapped_in()
+
+    def after_rollout_batch(self) -> None:
+        self.average.move_towards(self.rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average.load_state_dict(state["average"])
+
+
+class DynamicPrior:
+    """The prior is the student at the start of each E-step (the paper's form)."""
+
+    keeps_copy = False
+
+    def context(self) -> AbstractContextManager[None]:
+        """Where the prior's log-probabilities are computed."""
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class FixedPrior(DynamicPrior):
+    """
+    The prior is the student before training (the paper's ablation, appendix D.6).
+
+    For an adapter it is the adapter as it was passed to the trainer, trained or new.
+    """
+
+    keeps_copy = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.initial = WeightSnapshot(model)
+
+    def context(self) -> AbstractContextManager[None]:
+        return self.initial.swapped_in()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial": self.initial.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.initial.load_state_dict(state["initial"])
+
+
+def make_teacher(model: nn.Module, kind: str, *, update_rate: float) -> SharedTeacher:
+    """The teacher that `VPDConfig.teacher` names."""
+    return EMATeacher(model, update_rate) if kind == "ema" else SharedTeacher()
+
+
+def make_prior(model: nn.Module, kind: str) -> DynamicPrior:
+    """The prior that `VPDConfig.prior` names."""
+    return FixedPrior(model) if kind == "fixed" else DynamicPrior()

@@ -1,0 +1,502 @@
+"""The trainer: rollout → feedback → E-step → M-step, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import get_config_model_id, pad
+
+from . import checks, state
+from .config import VPDConfig
+from .e_step import EStep
+from .feedback import Feedback, FeedbackFn, Rollout
+from .feedback.collect import FeedbackCollector, group_siblings
+from .losses import TokenDivergence, fused_divergence, importance_ratio, topk_divergence
+from .metrics import Means
+from .network import completion_hidden_states, head_of, scoring_mode
+from .processes import stop_together
+from .prompts import TeacherPromptBuilder, check_prompt, completion_text, strip_thinking
+from .teacher import make_prior, make_teacher
+from .watch import Watch
+
+
+logger = get_logger(__name__)
+
+Batch = dict[str, Any]  # tensors with the rollouts of this process in the first dimension
+
+
+class _OptimizerStepCallback(TrainerCallback):
+    """
+    Opens and closes each optimizer step of the student.
+
+    It is the one place outside gradient accumulation and outside `no_sync`, so the E-step can run there.
+    """
+
+    def __init__(self, trainer: VPDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._open_optimizer_step()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._close_optimizer_step()
+
+
+class VPDTrainer(GRPOTrainer):
+    """
+    Trainer for Variational Policy Distillation: learning from language feedback by expectation-maximisation.
+
+    For every rollout batch it samples completions from the student, scores them, and asks for feedback. Every
+    `e_step_frequency`-th batch an E-step trains the teacher, which is the same network with the feedback in its
+    prompt, to tell successes from failures. Then the M-step moves the student towards the teacher on the same
+    rollouts. With `method="sdpo"` there is no E-step, with `method="grpo"` this is [`~trl.GRPOTrainer`] to the bit.
+
+    Example:
+
+    ```python
+    >>> from vpd_trl import VPDConfig, VPDTrainer
+    >>> from vpd_trl.feedback import SiblingFeedback
+
+    >>> trainer = VPDTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     reward_funcs=my_reward,
+    ...     feedback_fn=SiblingFeedback(),
+    ...     args=VPDConfig(output_dir="qwen3-vpd"),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student, as in [`~trl.GRPOTrainer`].
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            As in [`~trl.GRPOTrainer`]. May be left out with `method="sdpo"`; every reward is then 0.
+        feedback_fn ([`FeedbackFn`] or list of them, *optional*):
+            Says what the teacher sees of each rollout. Of a list, the first non-blank text of each section wins.
+            Needed unless `method="grpo"`, which makes no use of it.
+        args ([`VPDConfig`], *optional*):
+            Configuration. If `None`, a default one is used.
+        **kwargs:
+            Everything else that [`~trl.GRPOTrainer`] takes: `train_dataset`, `eval_dataset`, `processing_class`,
+            `peft_config`, `callbacks`, `optimizers`, …
+
+    Raises:
+        ValueError, TypeError:
+            At construction, for what can be known to be wrong or is not supported then: no `feedback_fn`, a data set
+            without prompts or smaller than one rollout batch, columns that clash with the keywords of feedback
+            functions, images, tools or environments with a method that distils, …
+    """
+
+    # Hooks of TRL and transformers that this class overrides; tests/test_trl_contract.py holds them to their form:
+    #   _calculate_rewards, _generate_and_score_completions   the rollouts' feedback
+    #   get_batch_samples, _prepare_inputs                     when rollouts are collected
+    #   _compute_loss, training_step                           the M-step
+    #   _get_train_sampler, _save_checkpoint, _load_optimizer_and_scheduler   state
+
+    _tag_names = ["trl", "vpd"]
+    _name = "VPD"
+    _paper = {
+        "title": "Learning from Language Feedback via Variational Policy Distillation",
+        "id": "2605.15113",
+        "citation": textwrap.dedent("""\
+            @article{vpd2026,
+                title  = {{Learning from Language Feedback via Variational Policy Distillation}},
+                year   = 2026,
+                eprint = {arXiv:2605.15113},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        feedback_fn: FeedbackFn | Sequence[FeedbackFn] | None = None,
+        args: VPDConfig | None = None,
+        train_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = VPDConfig(f"{model_id.split('/')[-1]}-VPD")
+        self.parts = args.parts
+        self.feedback = None if feedback_fn is None else FeedbackCollector(feedback_fn)
+        reward_funcs = checks.check_rewards(args, reward_funcs)
+        checks.check_arguments(args, model, self.feedback, train_dataset, kwargs)
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        self.args: VPDConfig
+
+        # How far training is; all of it is saved in checkpoints
+        self.rollout_batches = 0
+        self._finished_rollout_batches = 0
+        self._collected_step = -1  # value of `_step` for which rollouts have been collected
+        self._window: list[Any] = []
+        self._annotated: tuple[list[Feedback], torch.Tensor] | None = None
+        self._pending_e_step: list[Batch] | None = None
+        self._train_sampler: Any = None
+        self._rollout_start = 0.0
+        self._m_step_time = 0.0
+        self._means = Means()
+        self._watch = Watch(logger)
+        self._forward_redirection = _ForwardRedirection()
+        if not self.parts.distills:
+            return
+
+        checks.check_model(self)
+        self.teacher = make_teacher(self.model, args.teacher, update_rate=args.teacher_update_rate)
+        self.prior = make_prior(self.model, args.prior)
+        checks.check_copies(self)
+        self.e_step = EStep(self)
+        self.prompt_builder = TeacherPromptBuilder(
+            self._tokenizer,
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+            teacher_template=args.teacher_template,
+            solution_template=args.solution_template,
+            critique_template=args.critique_template,
+            strip_thinking=args.strip_thinking,
+            max_length=checks.teacher_prompt_length(self),
+        )
+        self.add_callback(_OptimizerStepCallback(self))
+
+    # ---- When: rollouts are collected, and the E-step runs, before an optimizer step begins
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window = samples
+        return samples, num_items
+
+    def _open_optimizer_step(self) -> None:
+        start = time.perf_counter()
+        self.model_wrapped.train()
+        # Rollouts that came inside the last accumulation window (`steps_per_generation` does not fill it) waited
+        self._run_pending_e_step()
+        if self._rollouts_are_due():
+            self._prepare_inputs(self._window[0])
+            self._run_pending_e_step()
+        self._current_train_step_time += time.perf_counter() - start
+
+    def _close_optimizer_step(self) -> None:
+        finished = self._step // (self.args.steps_per_generation * self.num_iterations)
+        if finished > self._finished_rollout_batches:
+            self._finished_rollout_batches = finished
+            self.teacher.after_rollout_batch()
+        self._log_m_step()
+
+    def _rollouts_are_due(self) -> bool:
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        return self._step % generate_every == 0 or self._buffered_inputs is None
+
+    def _run_pending_e_step(self) -> None:
+        micro_batches, self._pending_e_step = self._pending_e_step, None
+        if micro_batches is not None:
+            ran = self.e_step.run(micro_batches)
+            successes, failures = self.e_step.last_counts
+            self._watch.e_step(ran=ran, successes=successes, failures=failures)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if not (self.parts.distills and self.model.training):
+            return super()._prepare_inputs(generation_batch)
+        if self._collected_step != self._step:
+            before = self._buffered_inputs
+            inputs = super()._prepare_inputs(generation_batch)
+            if self._buffered_inputs is not before:
+                self._collected_step = self._step
+                if self.parts.refines_teacher and self.rollout_batches % self.args.e_step_frequency == 0:
+                    self._pending_e_step = self._buffered_inputs
+                self.rollout_batches += 1
+            return inputs
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    # ---- Rollout and feedback
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        if not (self.parts.distills and self.model.training):
+            return super()._generate_and_score_completions(inputs)
+        for row in inputs:
+            check_prompt(row["prompt"])
+        self._rollout_start = time.perf_counter()
+        batch = super()._generate_and_score_completions(inputs)
+        assert self._annotated is not None
+        feedback, outcome = self._annotated
+        self._annotated = None
+        batch.update(self._teacher_inputs([row["prompt"] for row in inputs], feedback, batch))
+        batch["outcome"] = outcome
+        if self.args.m_step_importance_clip is not None and "old_per_token_logps" not in batch:
+            batch["old_per_token_logps"] = self._old_logps(batch)
+        return batch
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        training = self.model.training
+        if self.parts.distills and training:
+            self._record("time/generate", time.perf_counter() - self._rollout_start)
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.parts.distills and not training:
+            # Evaluation asks for no feedback, but the completions table needs its columns to be equally long
+            self._log_completion_extra("feedback", [None] * len(prompts))
+        elif self.parts.distills:
+            start = time.perf_counter()
+            self._annotated = self._annotate(inputs, prompts, completions, completion_ids_list, rewards_per_func)
+            self._record("time/feedback", time.perf_counter() - start)
+        return rewards_per_func
+
+    def _annotate(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        rewards_per_func: torch.Tensor,
+    ) -> tuple[list[Feedback], torch.Tensor]:
+        """The feedback on each rollout of this process, and its outcome (N,): 1 success, 0 failure, -1 not scored."""
+        assert self.feedback is not None
+        n = len(prompts)
+        local = slice(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
+        weights = self.reward_weights.to(rewards_per_func.device)
+        scores = (rewards_per_func * weights).nansum(dim=1)[local]
+        scored = ~rewards_per_func.isnan().all(dim=1)[local]
+        success = scored & (scores >= self.args.success_threshold)
+        outcome = torch.where(scored, success.long(), -1)
+
+        rewards = [s if ok else None for s, ok in zip(scores.tolist(), scored.tolist(), strict=True)]
+        texts = self._answer_texts(prompts, completions)
+        rollouts = [Rollout(*values) for values in zip(texts, rewards, success.tolist(), strict=True)]
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        self.feedback.check_columns(list(columns))
+        siblings = self._siblings(rollouts)
+        with stop_together(self.accelerator):
+            feedback = self.feedback(
+                n,
+                prompts=prompts,
+                completions=completions,
+                rewards=rewards,
+                completion_ids=completion_ids,
+                texts=texts,
+                successes=success.tolist(),
+                siblings=siblings,
+                generate=self._generate_texts,
+                trainer_state=self.state,
+                log_extra=self._log_completion_extra,
+                log_metric=self._log_metric,
+                **columns,
+            )
+        table = ["\n\n".join(filter(None, (f.solution, f.critique))) or None for f in feedback]
+        self._log_completion_extra("feedback", table)
+        return feedback, outcome
+
+    def _answer_texts(self, prompts: list, completions: list) -> list[str]:
+        texts = [completion_text(completion) for completion in completions]
+        if not self.args.strip_thinking:
+            return texts
+        return [
+            strip_thinking(text, opened=self._prompt_opens_thinking(prompt))
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+
+    def _prompt_opens_thinking(self, prompt: Any) -> bool:
+        """Whether the prompt, as the model sees it, ends inside a `<think>` block."""
+        if not isinstance(prompt, str):
+            prompt = self._tokenizer.apply_chat_template(
+                prompt,
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **self.chat_template_kwargs,
+            )
+        return prompt.rstrip().endswith("<think>")
+
+    def _siblings(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
+        n, group_size = len(rollouts), self.num_generations
+        if n % group_size == 0:  # whole groups on each process
+            return group_siblings(rollouts, group_size, 0, n)
+        start = self.accelerator.process_index * n
+        return group_siblings(gather_object(rollouts), group_size, start, start + n)
+
+    def _generate_texts(self, prompts: list) -> list[str]:
+        """
+        Sample one answer to each prompt from the current student, with the trainer's engine and sampling settings.
+
+        With several processes all of them must call this equally often; the list may be empty.
+        """
+        if len({isinstance(prompt, str) for prompt in prompts}) > 1:
+            raise TypeError("generate() takes prompts of one form: all strings, or all conversations.")
+        # An engine that works on all processes together needs something to do on each
+        prompt_ids, _, fields = self._tokenize_prompts(list(prompts) or [self._tokenizer.eos_token])
+        completion_ids, _ = self._generate_single_turn(prompt_ids, None, fields, num_generations=1)
+        return self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)[: len(prompts)]
+
+    # ---- Teacher context
+
+    def _teacher_inputs(self, prompts: list, feedback: list[Feedback], batch: Batch) -> Batch:
+        """The teacher's prompts, left-padded (N, P), which rows have feedback (N,), and the M-step's denominator ()."""
+        device = self.accelerator.device
+        built = self.prompt_builder.build(prompts, feedback)
+        # A row without feedback goes through no teacher; it holds the student's prompt, so that every row is valid
+        student_prompts = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+        rows = [
+            torch.tensor(prompt.ids, device=device) if prompt else ids[mask]
+            for prompt, (ids, mask) in zip(built, student_prompts, strict=True)
+        ]
+        has_feedback = torch.tensor([prompt is not None for prompt in built], device=device)
+        tokens = self._loss_mask(batch).sum(-1)  # (N,)
+        counted = tokens if self.args.m_step_normalization == "all" else tokens * has_feedback
+        cut = [f and (p is None or p.cut) for f, p in zip(feedback, built, strict=True)]
+        self._log_feedback(has_feedback, torch.tensor([bool(c) for c in cut], device=device))
+        return {
+            "teacher_prompt_ids": pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
+            "teacher_prompt_mask": pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left"),
+            "has_feedback": has_feedback,
+            "m_step_denominator": self.accelerator.gather(counted.sum()).sum(),
+        }
+
+    def _log_feedback(self, has_feedback: torch.Tensor, cut: torch.Tensor) -> None:
+        means = Means()
+        means.add("feedback/coverage", has_feedback)
+        means.add("feedback/truncated", cut)
+        for name, (value, _) in means.reduce(self.accelerator).items():
+            self._record(name, value)
+            if name == "feedback/coverage":
+                self._watch.coverage(value)
+
+    @staticmethod
+    def _loss_mask(batch: Batch) -> torch.Tensor:
+        """(N, T): 1 on the tokens that the student sampled itself."""
+        mask = batch["completion_mask"]
+        return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+    def _old_logps(self, batch: Batch) -> torch.Tensor:
+        size = self.args.per_device_train_batch_size
+        with scoring_mode(self.model):
+            return self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size=size,
+            )[0]
+
+    # ---- M-step
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        start = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._m_step_time += time.perf_counter() - start
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        if not (self.parts.distills and self.model.training):
+            return super()._compute_loss(model, inputs)
+        rows = inputs["has_feedback"].nonzero().squeeze(-1)
+        if not len(rows):  # take part with a row that counts for nothing: other processes wait for the gradients
+            rows = torch.zeros(1, dtype=torch.long, device=rows.device)
+        batch = {k: v[rows] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in inputs.items()}
+        mask = self._loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
+
+        unwrapped = self.accelerator.unwrap_model(model)
+        per_token, log_ratio, student_logps = self._forward_redirection(
+            model, unwrapped, self._distill, unwrapped, batch, mask
+        )
+        weighted = per_token.divergence
+        if self.args.m_step_importance_clip is not None:
+            old_logps = batch["old_per_token_logps"][mask]
+            weighted = weighted * importance_ratio(student_logps, old_logps, clip=self.args.m_step_importance_clip)
+
+        self._means.add("m_step/divergence", per_token.divergence.detach())
+        self._means.add("entropy", per_token.entropy)
+        for name, outcome in (("successes", 1), ("failures", 0)):
+            self._means.add(name, log_ratio, (batch["outcome"] == outcome) & mask.any(-1))
+
+        # The denominator is of the whole rollout batch on all processes; each micro-batch is one of
+        # `steps_per_generation` on each of them, and their gradients are averaged over processes and added up
+        window = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        denominator = inputs["m_step_denominator"].clamp(min=1.0) * window / self.accelerator.num_processes
+        return weighted.sum() / denominator
+
+    def _distill(
+        self, model: Any, batch: Batch, mask: torch.Tensor
+    ) -> tuple[TokenDivergence, torch.Tensor, torch.Tensor]:
+        """
+        The M-step's divergence on the n tokens of `mask` (b, T), and two diagnostics without gradient.
+
+        Returns:
+            The divergence and entropy of each token (n,); log q − log π of each rollout (b,) as the E-step reduces it;
+            the student's log-probabilities of the sampled tokens (n,).
+        """
+        completion_ids, completion_mask = batch["completion_ids"], batch["completion_mask"]
+        head = {"temperature": self.temperature, "float32": self.args.cast_lm_head_to_fp32}
+
+        def hidden(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+            ids = torch.cat([prompt_ids, completion_ids], dim=1)
+            attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
+            states = completion_hidden_states(model, ids, attention_mask, completion_ids.size(1))[mask]  # (n, H)
+            return states.float() if self.args.cast_lm_head_to_fp32 else states
+
+        with self.accelerator.autocast():
+            with self.teacher.target_context(), scoring_mode(model):
+                teacher_hidden = hidden(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
+                teacher_head = head_of(model, **head).detach()
+            student_hidden = hidden(batch["prompt_ids"], batch["prompt_mask"])
+            student_head = head_of(model, **head)
+        # The head runs under autocast too, unless it is to be in float32
+        with nullcontext() if self.args.cast_lm_head_to_fp32 else self.accelerator.autocast():
+            pair = (student_hidden, teacher_hidden, student_head, teacher_head)
+            alpha, k = self.args.divergence_alpha, self.args.distillation_top_k
+            if k is None:
+                per_token = fused_divergence(*pair, alpha=alpha)
+            else:
+                per_token = topk_divergence(*pair, alpha=alpha, k=k, add_tail=self.args.distillation_add_tail)
+            targets = completion_ids[mask]
+            with torch.no_grad():
+                student_logps = student_head.token_logps(student_hidden, targets)
+                teacher_logps = teacher_head.token_logps(teacher_hidden, targets)
+        token_log_ratio = torch.zeros(mask.shape, device=mask.device, dtype=student_logps.dtype)
+        token_log_ratio[mask] = teacher_logps - student_logps
+        return per_token, self.e_step.reduce(token_log_ratio, mask), student_logps
+
+    # ---- Metrics
+
+    def _record(self, name: str, value: float) -> None:
+        self._metrics["train"][name].append(value)
+
+    def _log_m_step(self) -> None:
+        self._record("time/m_step", self._m_step_time)
+        self._m_step_time = 0.0
+        means = self._means.reduce(self.accelerator)
+        successes, failures = means.pop("successes"), means.pop("failures")
+        self._record("m_step/tokens", means["m_step/divergence"][1])
+        self._record("teacher/log_ratio_margin", successes[0] - failures[0])
+        for name, (value, _) in means.items():
+            self._record(name, value)
+
+    # ---- State
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self.args.save_only_model:
+            # Before the rest: transformers writes trainer_state.json last, and with it the checkpoint counts as whole
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state.save(self, os.path.join(self._get_output_dir(trial=trial), folder))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state.load(self, checkpoint)
