@@ -106,7 +106,7 @@ class EStep:
         with self._own_accumulation(), self._learning_rate(), trainer.teacher.training_context():
             for i, (batch, prior) in enumerate(zip(micro_batches, priors, strict=True)):
                 with self._gradient_sync(last=i == len(micro_batches) - 1):
-                    logps = self._teacher_logps_with_gradient(batch)
+                    logps = trainer._sampled_logps(trainer.model_wrapped, batch, teacher=True)
                     log_ratio = self.reduce(logps - prior, trainer._loss_mask(batch))
                     success = batch["outcome"] == 1
                     losses = bco_loss(log_ratio, success, temperature=self.args.bco_temperature, shift=shift)
@@ -164,19 +164,7 @@ class EStep:
     def _logps(self, batch: Batch, *, teacher: bool) -> torch.Tensor:
         """Log-probabilities (b, T) of the sampled tokens under the teacher or the prior, without gradient."""
         with scoring_mode(self.trainer.model):
-            return self._forward(self.trainer.model, batch, teacher=teacher)
-
-    def _teacher_logps_with_gradient(self, batch: Batch) -> torch.Tensor:
-        return self._forward(self.trainer.model_wrapped, batch, teacher=True)
-
-    def _forward(self, model: Any, batch: Batch, *, teacher: bool) -> torch.Tensor:
-        prefix = "teacher_prompt" if teacher else "prompt"
-        return self.trainer._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([batch[f"{prefix}_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch[f"{prefix}_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-        )[0]
+            return self.trainer._sampled_logps(self.trainer.model, batch, teacher=teacher)
 
     @contextmanager
     def _own_accumulation(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import os
 import textwrap
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .config import VPDConfig
 from .e_step import EStep
 from .feedback import Feedback, FeedbackFn, Rollout
 from .feedback.collect import FeedbackCollector, group_siblings
-from .losses import TokenDivergence, fused_divergence, importance_ratio, topk_divergence
+from .losses import Head, TokenDivergence, fused_divergence, importance_ratio, topk_divergence
 from .metrics import Means
 from .network import completion_hidden_states, head_of, scoring_mode
 from .processes import stop_together
@@ -37,6 +37,11 @@ from .watch import Watch
 logger = get_logger(__name__)
 
 Batch = dict[str, Any]  # tensors with the rollouts of this process in the first dimension
+
+
+def _rows(batch: Batch, rows: slice | torch.Tensor) -> Batch:
+    """Some rows of a batch; 0-dim tensors stay."""
+    return {key: v[rows] if isinstance(v, torch.Tensor) and v.ndim else v for key, v in batch.items()}
 
 
 class _OptimizerStepCallback(TrainerCallback):
@@ -380,15 +385,48 @@ class VPDTrainer(GRPOTrainer):
         return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
     def _old_logps(self, batch: Batch) -> torch.Tensor:
-        size = self.args.per_device_train_batch_size
+        rows = batch["completion_ids"].size(0)
         with scoring_mode(self.model):
-            return self._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                batch["completion_ids"].size(1),
-                batch_size=size,
-            )[0]
+            parts = [
+                self._sampled_logps(self.model, _rows(batch, slice(i, i + self.args.per_device_train_batch_size)))
+                for i in range(0, rows, self.args.per_device_train_batch_size)
+            ]
+        return torch.cat(parts)
+
+    # ---- Reading the network
+
+    def _hidden(self, model: Any, batch: Batch, mask: torch.Tensor, *, teacher: bool) -> torch.Tensor:
+        """Hidden states (n, H) that predict the n completion tokens of `mask` (b, T)."""
+        prefix = "teacher_prompt" if teacher else "prompt"
+        input_ids = torch.cat([batch[f"{prefix}_ids"], batch["completion_ids"]], dim=1)
+        attention_mask = torch.cat([batch[f"{prefix}_mask"], batch["completion_mask"]], dim=1)
+        with self.accelerator.autocast():
+            hidden = completion_hidden_states(model, input_ids, attention_mask, mask.size(1))[mask]
+        return hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
+
+    def _head(self, model: Any) -> Head:
+        return head_of(model, temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
+
+    def _head_autocast(self) -> AbstractContextManager[Any]:
+        """The head runs under autocast like the rest, unless it is to be in float32."""
+        return nullcontext() if self.args.cast_lm_head_to_fp32 else self.accelerator.autocast()
+
+    def _sampled_logps(self, model: Any, batch: Batch, *, teacher: bool = False) -> torch.Tensor:
+        """
+        Log-probabilities (b, T) of the sampled tokens at the sampling temperature, 0 where the loss mask is 0.
+
+        Unlike TRL's own method it projects only those tokens, on every device (a third of the time on a CPU).
+        """
+        mask = self._loss_mask(batch).bool()
+
+        def score(model: Any) -> torch.Tensor:
+            hidden = self._hidden(model, batch, mask, teacher=teacher)
+            with self._head_autocast():
+                return self._head(model).token_logps(hidden, batch["completion_ids"][mask])
+
+        # Through the wrapper's forward, which prepares the reduction of gradients over processes
+        logps = self._forward_redirection(model, unwrapped := self.accelerator.unwrap_model(model), score, unwrapped)
+        return torch.zeros(mask.shape, device=mask.device, dtype=logps.dtype).masked_scatter(mask, logps)
 
     # ---- M-step
 
@@ -404,7 +442,7 @@ class VPDTrainer(GRPOTrainer):
         rows = inputs["has_feedback"].nonzero().squeeze(-1)
         if not len(rows):  # take part with a row that counts for nothing: other processes wait for the gradients
             rows = torch.zeros(1, dtype=torch.long, device=rows.device)
-        batch = {k: v[rows] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in inputs.items()}
+        batch = _rows(inputs, rows)
         mask = self._loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
 
         unwrapped = self.accelerator.unwrap_model(model)
@@ -437,30 +475,18 @@ class VPDTrainer(GRPOTrainer):
             The divergence and entropy of each token (n,); log q − log π of each rollout (b,) as the E-step reduces it;
             the student's log-probabilities of the sampled tokens (n,).
         """
-        completion_ids, completion_mask = batch["completion_ids"], batch["completion_mask"]
-        head = {"temperature": self.temperature, "float32": self.args.cast_lm_head_to_fp32}
-
-        def hidden(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
-            ids = torch.cat([prompt_ids, completion_ids], dim=1)
-            attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
-            states = completion_hidden_states(model, ids, attention_mask, completion_ids.size(1))[mask]  # (n, H)
-            return states.float() if self.args.cast_lm_head_to_fp32 else states
-
-        with self.accelerator.autocast():
-            with self.teacher.target_context(), scoring_mode(model):
-                teacher_hidden = hidden(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
-                teacher_head = head_of(model, **head).detach()
-            student_hidden = hidden(batch["prompt_ids"], batch["prompt_mask"])
-            student_head = head_of(model, **head)
-        # The head runs under autocast too, unless it is to be in float32
-        with nullcontext() if self.args.cast_lm_head_to_fp32 else self.accelerator.autocast():
+        with self.teacher.target_context(), scoring_mode(model):
+            teacher_hidden = self._hidden(model, batch, mask, teacher=True)
+            teacher_head = self._head(model).detach()
+        student_hidden, student_head = self._hidden(model, batch, mask, teacher=False), self._head(model)
+        with self._head_autocast():
             pair = (student_hidden, teacher_hidden, student_head, teacher_head)
             alpha, k = self.args.divergence_alpha, self.args.distillation_top_k
             if k is None:
                 per_token = fused_divergence(*pair, alpha=alpha)
             else:
                 per_token = topk_divergence(*pair, alpha=alpha, k=k, add_tail=self.args.distillation_add_tail)
-            targets = completion_ids[mask]
+            targets = batch["completion_ids"][mask]
             with torch.no_grad():
                 student_logps = student_head.token_logps(student_hidden, targets)
                 teacher_logps = teacher_head.token_logps(teacher_hidden, targets)
