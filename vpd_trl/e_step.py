@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import DistributedType
 
-from .losses import bco_loss, sequence_log_ratio
+from .batch import Batch, loss_mask
+from .losses import bco_loss
 from .metrics import Means
 from .network import scoring_mode
 
 
 if TYPE_CHECKING:
-    from .trainer import Batch, VPDTrainer
+    from .trainer import VPDTrainer
 
 
 class RewardShift:
@@ -106,8 +107,8 @@ class EStep:
         with self._own_accumulation(), self._learning_rate(), trainer.teacher.training_context():
             for i, (batch, prior) in enumerate(zip(micro_batches, priors, strict=True)):
                 with self._gradient_sync(last=i == len(micro_batches) - 1):
-                    logps = trainer._sampled_logps(trainer.model_wrapped, batch, teacher=True)
-                    log_ratio = self.reduce(logps - prior, trainer._loss_mask(batch))
+                    logps = trainer.scorer.sampled_logps(trainer.model_wrapped, batch, teacher=True)
+                    log_ratio = trainer.scorer.reduce(logps, prior, loss_mask(batch))
                     success = batch["outcome"] == 1
                     losses = bco_loss(log_ratio, success, temperature=self.args.bco_temperature, shift=shift)
                     # Each class has weight 1, whatever its size. Gradients are averaged over processes
@@ -130,14 +131,9 @@ class EStep:
         trainer._record("e_step/grad_norm", float(grad_norm) if grad_norm is not None else float("nan"))
         return new_rewards
 
-    def reduce(self, token_log_ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Log-ratios (b,) of rollouts from those of their tokens (b, T), as `log_ratio_reduction` says."""
-        zeros = torch.zeros_like(token_log_ratio)
-        return sequence_log_ratio(token_log_ratio, zeros, mask, reduction=self.args.log_ratio_reduction)
-
     def _eligible(self, batch: Batch) -> torch.Tensor:
         """Which rollouts (b,) take part."""
-        return batch["has_feedback"] & (batch["outcome"] >= 0) & self.trainer._loss_mask(batch).any(-1)
+        return batch["has_feedback"] & (batch["outcome"] >= 0) & loss_mask(batch).any(-1)
 
     def _class_counts(self, micro_batches: list[Batch]) -> tuple[int, int]:
         """Numbers of eligible successes and failures, over all processes."""
@@ -158,13 +154,13 @@ class EStep:
 
     def _reward(self, batch: Batch, teacher_logps: torch.Tensor, prior_logps: torch.Tensor) -> torch.Tensor:
         """Implicit rewards ρ (b,). Eq. 7."""
-        log_ratio = self.reduce(teacher_logps - prior_logps, self.trainer._loss_mask(batch))
+        log_ratio = self.trainer.scorer.reduce(teacher_logps, prior_logps, loss_mask(batch))
         return self.args.bco_temperature * log_ratio
 
     def _logps(self, batch: Batch, *, teacher: bool) -> torch.Tensor:
         """Log-probabilities (b, T) of the sampled tokens under the teacher or the prior, without gradient."""
         with scoring_mode(self.trainer.model):
-            return self.trainer._sampled_logps(self.trainer.model, batch, teacher=teacher)
+            return self.trainer.scorer.sampled_logps(self.trainer.model, batch, teacher=teacher)
 
     @contextmanager
     def _own_accumulation(self) -> Iterator[None]:

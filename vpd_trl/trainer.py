@@ -6,42 +6,33 @@ import os
 import textwrap
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import get_config_model_id, pad
 
 from . import checks, state
+from .annotate import Annotation, Annotator
+from .batch import Batch, loss_mask, rows_of
 from .config import VPDConfig
 from .e_step import EStep
-from .feedback import Feedback, FeedbackFn, Rollout
-from .feedback.collect import FeedbackCollector, group_siblings
-from .losses import Head, TokenDivergence, fused_divergence, importance_ratio, topk_divergence
+from .feedback import Feedback, FeedbackFn
+from .feedback.collect import FeedbackCollector
+from .losses import importance_ratio
 from .metrics import Means
-from .network import completion_hidden_states, head_of, scoring_mode
-from .processes import stop_together
-from .prompts import TeacherPromptBuilder, check_prompt, completion_text, strip_thinking
+from .prompts import TeacherPromptBuilder, check_prompt
+from .scoring import Scorer
 from .teacher import make_prior, make_teacher
 from .watch import Watch
 
 
 logger = get_logger(__name__)
-
-Batch = dict[str, Any]  # tensors with the rollouts of this process in the first dimension
-
-
-def _rows(batch: Batch, rows: slice | torch.Tensor) -> Batch:
-    """Some rows of a batch; 0-dim tensors stay."""
-    return {key: v[rows] if isinstance(v, torch.Tensor) and v.ndim else v for key, v in batch.items()}
 
 
 class _OptimizerStepCallback(TrainerCallback):
@@ -150,14 +141,13 @@ class VPDTrainer(GRPOTrainer):
         self._finished_rollout_batches = 0
         self._collected_step = -1  # value of `_step` for which rollouts have been collected
         self._window: list[Any] = []
-        self._annotated: tuple[list[Feedback], torch.Tensor] | None = None
+        self._annotation: Annotation | None = None
         self._pending_e_step: list[Batch] | None = None
         self._train_sampler: Any = None
         self._rollout_start = 0.0
         self._m_step_time = 0.0
         self._means = Means()
         self._watch = Watch(logger)
-        self._forward_redirection = _ForwardRedirection()
         if not self.parts.distills:
             return
 
@@ -165,7 +155,10 @@ class VPDTrainer(GRPOTrainer):
         self.teacher = make_teacher(self.model, args.teacher, update_rate=args.teacher_update_rate)
         self.prior = make_prior(self.model, args.prior)
         checks.check_copies(self)
+        self.scorer = Scorer(self)
         self.e_step = EStep(self)
+        assert self.feedback is not None
+        self.annotator = Annotator(self, self.feedback)
         self.prompt_builder = TeacherPromptBuilder(
             self._tokenizer,
             lambda prompts: self._tokenize_prompts(prompts)[0],
@@ -235,13 +228,13 @@ class VPDTrainer(GRPOTrainer):
             check_prompt(row["prompt"])
         self._rollout_start = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)
-        assert self._annotated is not None
-        feedback, outcome = self._annotated
-        self._annotated = None
+        assert self._annotation is not None
+        feedback, outcome = self._annotation
+        self._annotation = None
         batch.update(self._teacher_inputs([row["prompt"] for row in inputs], feedback, batch))
         batch["outcome"] = outcome
         if self.args.m_step_importance_clip is not None and "old_per_token_logps" not in batch:
-            batch["old_per_token_logps"] = self._old_logps(batch)
+            batch["old_per_token_logps"] = self.scorer.student_logps(batch)
         return batch
 
     def _calculate_rewards(
@@ -256,94 +249,9 @@ class VPDTrainer(GRPOTrainer):
             self._log_completion_extra("feedback", [None] * len(prompts))
         elif self.parts.distills:
             start = time.perf_counter()
-            self._annotated = self._annotate(inputs, prompts, completions, completion_ids_list, rewards_per_func)
+            self._annotation = self.annotator(inputs, prompts, completions, completion_ids_list, rewards_per_func)
             self._record("time/feedback", time.perf_counter() - start)
         return rewards_per_func
-
-    def _annotate(
-        self,
-        inputs: list[dict[str, Any]],
-        prompts: list,
-        completions: list,
-        completion_ids: list[list[int]],
-        rewards_per_func: torch.Tensor,
-    ) -> tuple[list[Feedback], torch.Tensor]:
-        """The feedback on each rollout of this process, and its outcome (N,): 1 success, 0 failure, -1 not scored."""
-        assert self.feedback is not None
-        n = len(prompts)
-        local = slice(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
-        weights = self.reward_weights.to(rewards_per_func.device)
-        scores = (rewards_per_func * weights).nansum(dim=1)[local]
-        scored = ~rewards_per_func.isnan().all(dim=1)[local]
-        success = scored & (scores >= self.args.success_threshold)
-        outcome = torch.where(scored, success.long(), -1)
-
-        rewards = [s if ok else None for s, ok in zip(scores.tolist(), scored.tolist(), strict=True)]
-        texts = self._answer_texts(prompts, completions)
-        rollouts = [Rollout(*values) for values in zip(texts, rewards, success.tolist(), strict=True)]
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
-        self.feedback.check_columns(list(columns))
-        siblings = self._siblings(rollouts)
-        with stop_together(self.accelerator):
-            feedback = self.feedback(
-                n,
-                prompts=prompts,
-                completions=completions,
-                rewards=rewards,
-                completion_ids=completion_ids,
-                texts=texts,
-                successes=success.tolist(),
-                siblings=siblings,
-                generate=self._generate_texts,
-                trainer_state=self.state,
-                log_extra=self._log_completion_extra,
-                log_metric=self._log_metric,
-                **columns,
-            )
-        table = ["\n\n".join(filter(None, (f.solution, f.critique))) or None for f in feedback]
-        self._log_completion_extra("feedback", table)
-        return feedback, outcome
-
-    def _answer_texts(self, prompts: list, completions: list) -> list[str]:
-        texts = [completion_text(completion) for completion in completions]
-        if not self.args.strip_thinking:
-            return texts
-        return [
-            strip_thinking(text, opened=self._prompt_opens_thinking(prompt))
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-
-    def _prompt_opens_thinking(self, prompt: Any) -> bool:
-        """Whether the prompt, as the model sees it, ends inside a `<think>` block."""
-        if not isinstance(prompt, str):
-            prompt = self._tokenizer.apply_chat_template(
-                prompt,
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.chat_template_kwargs,
-            )
-        return prompt.rstrip().endswith("<think>")
-
-    def _siblings(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        n, group_size = len(rollouts), self.num_generations
-        if n % group_size == 0:  # whole groups on each process
-            return group_siblings(rollouts, group_size, 0, n)
-        start = self.accelerator.process_index * n
-        return group_siblings(gather_object(rollouts), group_size, start, start + n)
-
-    def _generate_texts(self, prompts: list) -> list[str]:
-        """
-        Sample one answer to each prompt from the current student, with the trainer's engine and sampling settings.
-
-        With several processes all of them must call this equally often; the list may be empty.
-        """
-        if len({isinstance(prompt, str) for prompt in prompts}) > 1:
-            raise TypeError("generate() takes prompts of one form: all strings, or all conversations.")
-        # An engine that works on all processes together needs something to do on each
-        prompt_ids, _, fields = self._tokenize_prompts(list(prompts) or [self._tokenizer.eos_token])
-        completion_ids, _ = self._generate_single_turn(prompt_ids, None, fields, num_generations=1)
-        return self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)[: len(prompts)]
 
     # ---- Teacher context
 
@@ -358,7 +266,7 @@ class VPDTrainer(GRPOTrainer):
             for prompt, (ids, mask) in zip(built, student_prompts, strict=True)
         ]
         has_feedback = torch.tensor([prompt is not None for prompt in built], device=device)
-        tokens = self._loss_mask(batch).sum(-1)  # (N,)
+        tokens = loss_mask(batch).sum(-1)  # (N,)
         counted = tokens if self.args.m_step_normalization == "all" else tokens * has_feedback
         cut = [f and (p is None or p.cut) for f, p in zip(feedback, built, strict=True)]
         self._log_feedback(has_feedback, torch.tensor([bool(c) for c in cut], device=device))
@@ -378,56 +286,6 @@ class VPDTrainer(GRPOTrainer):
             if name == "feedback/coverage":
                 self._watch.coverage(value)
 
-    @staticmethod
-    def _loss_mask(batch: Batch) -> torch.Tensor:
-        """(N, T): 1 on the tokens that the student sampled itself."""
-        mask = batch["completion_mask"]
-        return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-    def _old_logps(self, batch: Batch) -> torch.Tensor:
-        rows = batch["completion_ids"].size(0)
-        with scoring_mode(self.model):
-            parts = [
-                self._sampled_logps(self.model, _rows(batch, slice(i, i + self.args.per_device_train_batch_size)))
-                for i in range(0, rows, self.args.per_device_train_batch_size)
-            ]
-        return torch.cat(parts)
-
-    # ---- Reading the network
-
-    def _hidden(self, model: Any, batch: Batch, mask: torch.Tensor, *, teacher: bool) -> torch.Tensor:
-        """Hidden states (n, H) that predict the n completion tokens of `mask` (b, T)."""
-        prefix = "teacher_prompt" if teacher else "prompt"
-        input_ids = torch.cat([batch[f"{prefix}_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch[f"{prefix}_mask"], batch["completion_mask"]], dim=1)
-        with self.accelerator.autocast():
-            hidden = completion_hidden_states(model, input_ids, attention_mask, mask.size(1))[mask]
-        return hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
-
-    def _head(self, model: Any) -> Head:
-        return head_of(model, temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
-
-    def _head_autocast(self) -> AbstractContextManager[Any]:
-        """The head runs under autocast like the rest, unless it is to be in float32."""
-        return nullcontext() if self.args.cast_lm_head_to_fp32 else self.accelerator.autocast()
-
-    def _sampled_logps(self, model: Any, batch: Batch, *, teacher: bool = False) -> torch.Tensor:
-        """
-        Log-probabilities (b, T) of the sampled tokens at the sampling temperature, 0 where the loss mask is 0.
-
-        Unlike TRL's own method it projects only those tokens, on every device (a third of the time on a CPU).
-        """
-        mask = self._loss_mask(batch).bool()
-
-        def score(model: Any) -> torch.Tensor:
-            hidden = self._hidden(model, batch, mask, teacher=teacher)
-            with self._head_autocast():
-                return self._head(model).token_logps(hidden, batch["completion_ids"][mask])
-
-        # Through the wrapper's forward, which prepares the reduction of gradients over processes
-        logps = self._forward_redirection(model, unwrapped := self.accelerator.unwrap_model(model), score, unwrapped)
-        return torch.zeros(mask.shape, device=mask.device, dtype=logps.dtype).masked_scatter(mask, logps)
-
     # ---- M-step
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -442,13 +300,10 @@ class VPDTrainer(GRPOTrainer):
         rows = inputs["has_feedback"].nonzero().squeeze(-1)
         if not len(rows):  # take part with a row that counts for nothing: other processes wait for the gradients
             rows = torch.zeros(1, dtype=torch.long, device=rows.device)
-        batch = _rows(inputs, rows)
-        mask = self._loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
+        batch = rows_of(inputs, rows)
+        mask = loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
 
-        unwrapped = self.accelerator.unwrap_model(model)
-        per_token, log_ratio, student_logps = self._forward_redirection(
-            model, unwrapped, self._distill, unwrapped, batch, mask
-        )
+        per_token, log_ratio, student_logps = self.scorer.divergence(model, batch, mask)
         weighted = per_token.divergence
         if self.args.m_step_importance_clip is not None:
             old_logps = batch["old_per_token_logps"][mask]
@@ -464,35 +319,6 @@ class VPDTrainer(GRPOTrainer):
         window = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         denominator = inputs["m_step_denominator"].clamp(min=1.0) * window / self.accelerator.num_processes
         return weighted.sum() / denominator
-
-    def _distill(
-        self, model: Any, batch: Batch, mask: torch.Tensor
-    ) -> tuple[TokenDivergence, torch.Tensor, torch.Tensor]:
-        """
-        The M-step's divergence on the n tokens of `mask` (b, T), and two diagnostics without gradient.
-
-        Returns:
-            The divergence and entropy of each token (n,); log q − log π of each rollout (b,) as the E-step reduces it;
-            the student's log-probabilities of the sampled tokens (n,).
-        """
-        with self.teacher.target_context(), scoring_mode(model):
-            teacher_hidden = self._hidden(model, batch, mask, teacher=True)
-            teacher_head = self._head(model).detach()
-        student_hidden, student_head = self._hidden(model, batch, mask, teacher=False), self._head(model)
-        with self._head_autocast():
-            pair = (student_hidden, teacher_hidden, student_head, teacher_head)
-            alpha, k = self.args.divergence_alpha, self.args.distillation_top_k
-            if k is None:
-                per_token = fused_divergence(*pair, alpha=alpha)
-            else:
-                per_token = topk_divergence(*pair, alpha=alpha, k=k, add_tail=self.args.distillation_add_tail)
-            targets = batch["completion_ids"][mask]
-            with torch.no_grad():
-                student_logps = student_head.token_logps(student_hidden, targets)
-                teacher_logps = teacher_head.token_logps(teacher_hidden, targets)
-        token_log_ratio = torch.zeros(mask.shape, device=mask.device, dtype=student_logps.dtype)
-        token_log_ratio[mask] = teacher_logps - student_logps
-        return per_token, self.e_step.reduce(token_log_ratio, mask), student_logps
 
     # ---- Metrics
 

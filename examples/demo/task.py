@@ -58,18 +58,13 @@ def sum_reward(completions: list, answer: list[str], **kwargs: Any) -> list[floa
     return [float(extract(c[0]["content"]) == a) for c, a in zip(completions, answer, strict=True)]
 
 
-def sum_feedback(
-    texts: list[str], answer: list[str], problem: list[str], successes: list[bool], **kwargs: Any
-) -> list[str]:
-    """What was wrong with each answer, from the answer itself; a success is told so."""
-    feedback = []
-    for text, a, p, success in zip(texts, answer, problem, successes, strict=True):
-        said = extract(text)
-        if success:
-            start = "Your answer was right."
-        elif said is None:
-            start = "Your answer had no result."
-        else:
-            start = f"Your answer {said} was wrong."
-        feedback.append(f'{start} Say "{p} = {a}."')
-    return feedback
+def sum_feedback(answer: list[str], problem: list[str], successes: list[bool], **kwargs: Any) -> list[str]:
+    """
+    Whether each answer was right, and what to say.
+
+    A wrong result is not repeated: so small a model copies any number that it is shown.
+    """
+    return [
+        f'Your answer was {"right" if success else "wrong"}. Say "{p} = {a}."'
+        for a, p, success in zip(answer, problem, successes, strict=True)
+    ]

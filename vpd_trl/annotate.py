@@ -1,0 +1,138 @@
+"""Rollouts get their outcome and their feedback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+
+from .feedback.base import Feedback, Rollout
+from .feedback.collect import FeedbackCollector, group_siblings
+from .processes import stop_together
+from .prompts import completion_text, strip_thinking
+
+
+if TYPE_CHECKING:
+    from .trainer import VPDTrainer
+
+
+class Annotation(NamedTuple):
+    """
+    What is known of the N rollouts of this process beside their tokens.
+
+    Attributes:
+        feedback: One per rollout; empty where there is none.
+        outcome: (N,) 1 for a success, 0 for a failure, -1 where no reward function scored the rollout.
+    """
+
+    feedback: list[Feedback]
+    outcome: torch.Tensor
+
+
+class Annotator:
+    """
+    Asks the feedback functions about rollouts.
+
+    Args:
+        trainer: The trainer.
+        collector: The feedback functions.
+    """
+
+    def __init__(self, trainer: VPDTrainer, collector: FeedbackCollector) -> None:
+        self.trainer = trainer
+        self.collector = collector
+
+    def __call__(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        rewards_per_func: torch.Tensor,
+    ) -> Annotation:
+        """
+        Annotate the N rollouts of this process.
+
+        Args:
+            inputs: The data set's rows, one per rollout.
+            prompts: The prompts, one per rollout.
+            completions: The completions, as reward functions get them.
+            completion_ids: The sampled token ids.
+            rewards_per_func: Rewards (rollouts of all processes, reward functions), NaN where not scored.
+        """
+        trainer, n = self.trainer, len(prompts)
+        start = trainer.accelerator.process_index * n
+        local = rewards_per_func[start : start + n]
+        scores = (local * trainer.reward_weights.to(local.device)).nansum(dim=1)
+        scored = ~local.isnan().all(dim=1)
+        success = scored & (scores >= trainer.args.success_threshold)
+
+        rewards = [score if ok else None for score, ok in zip(scores.tolist(), scored.tolist(), strict=True)]
+        texts = self._answer_texts(prompts, completions)
+        rollouts = [Rollout(*values) for values in zip(texts, rewards, success.tolist(), strict=True)]
+        siblings = self._siblings(rollouts, start)
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        with stop_together(trainer.accelerator):
+            self.collector.check_columns(list(columns))
+            feedback = self.collector(
+                n,
+                prompts=prompts,
+                completions=completions,
+                rewards=rewards,
+                completion_ids=completion_ids,
+                texts=texts,
+                successes=success.tolist(),
+                siblings=siblings,
+                generate=self.generate,
+                trainer_state=trainer.state,
+                log_extra=trainer._log_completion_extra,
+                log_metric=trainer._log_metric,
+                **columns,
+            )
+        table = ["\n\n".join(filter(None, (f.solution, f.critique))) or None for f in feedback]
+        trainer._log_completion_extra("feedback", table)
+        return Annotation(feedback, torch.where(scored, success.long(), -1))
+
+    def generate(self, prompts: list) -> list[str]:
+        """
+        Sample one answer to each prompt from the current student, with the trainer's engine and sampling settings.
+
+        With several processes all of them must call this equally often; the list may be empty.
+
+        Raises:
+            TypeError: If some prompts are strings and others conversations.
+        """
+        trainer = self.trainer
+        if len({isinstance(prompt, str) for prompt in prompts}) > 1:
+            raise TypeError("generate() takes prompts of one form: all strings, or all conversations.")
+        # An engine that works on all processes together needs something to do on each
+        prompt_ids, _, fields = trainer._tokenize_prompts(list(prompts) or [trainer._tokenizer.eos_token])
+        completion_ids, _ = trainer._generate_single_turn(prompt_ids, None, fields, num_generations=1)
+        return trainer._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)[: len(prompts)]
+
+    def _answer_texts(self, prompts: list, completions: list) -> list[str]:
+        texts = [completion_text(completion) for completion in completions]
+        if not self.trainer.args.strip_thinking:
+            return texts
+        opened = [self._opens_thinking(prompt) for prompt in prompts]
+        return [strip_thinking(text, opened=o) for text, o in zip(texts, opened, strict=True)]
+
+    def _opens_thinking(self, prompt: Any) -> bool:
+        """Whether the prompt, as the model sees it, ends inside a `<think>` block."""
+        trainer = self.trainer
+        if not isinstance(prompt, str):
+            prompt = trainer._tokenizer.apply_chat_template(
+                prompt,
+                chat_template=trainer.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **trainer.chat_template_kwargs,
+            )
+        return prompt.rstrip().endswith("<think>")
+
+    def _siblings(self, rollouts: list[Rollout], start: int) -> list[list[Rollout]]:
+        n, group_size = len(rollouts), self.trainer.num_generations
+        if n % group_size == 0:  # whole groups on each process
+            return group_siblings(rollouts, group_size, 0, n)
+        return group_siblings(gather_object(rollouts), group_size, start, start + n)
