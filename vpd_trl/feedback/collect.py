@@ -29,7 +29,7 @@ class FeedbackCollector:
     """
 
     def __init__(self, feedback_fn: FeedbackFn | Sequence[FeedbackFn]) -> None:
-        functions = list(feedback_fn) if isinstance(feedback_fn, (list, tuple)) else [feedback_fn]
+        functions: list[Any] = list(feedback_fn) if isinstance(feedback_fn, (list, tuple)) else [feedback_fn]
         if not functions:
             raise ValueError("feedback_fn is an empty list; pass at least one feedback function.")
         for function in functions:
