@@ -130,3 +130,22 @@ def weights(trainer_or_model: Any) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# Fields of GRPOConfig that `config` sets
+SET_BY_TESTS = (
+    "output_dir",
+    "per_device_train_batch_size",
+    "num_generations",
+    "gradient_accumulation_steps",
+    "max_completion_length",
+    "learning_rate",
+    "logging_steps",
+    "save_strategy",
+    "report_to",
+    "bf16",
+    "use_cpu",
+    "gradient_checkpointing",
+    "seed",
+    "disable_tqdm",
+)
