@@ -190,7 +190,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         error = [[r["accuracy"] - r["low"]], [r["high"] - r["accuracy"]]]
         left.errorbar([x], [r["accuracy"]], yerr=error, fmt="o", capsize=4, color=color, label=f"held-out, {name}")
     left.set(xlabel="optimizer step", ylabel="share of right answers", ylim=(0, 1), title="The student")
-    left.legend(loc="upper left", frameon=False)
+    left.legend(loc="lower right", frameon=False)
 
     def points(name: str) -> tuple[list[int], list[float]]:
         pairs = [(i, row[name]) for i, row in zip(steps, history, strict=True) if row.get(name) is not None]
@@ -200,6 +200,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.plot(*points("e_step/reward_margin"), marker="o", ls="none", label="reward margin at E-steps")
     right.axhline(0, color="0.8", lw=1)
     right.set(xlabel="optimizer step", ylabel="nats (reward: × 0.1)", title="The teacher tells them apart")
+    right.set_ylim(top=1.3 * right.get_ylim()[1])  # room for the legend
     right.legend(loc="upper left", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 

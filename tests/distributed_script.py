@@ -1,0 +1,96 @@
+"""Started by test_distributed.py under `accelerate launch`: train the tiny model in one of several ways."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from accelerate import PartialState
+
+from tests import tiny
+
+
+torch.set_num_threads(1)
+
+
+def fixed_rollouts(trainer):
+    """Sampling that depends on the prompts and the place in the group alone, not on the number of processes."""
+    rank, group = trainer.accelerator.process_index, trainer.num_generations
+
+    def sample(prompt_ids, images, fields, num_generations):
+        rows = []
+        for i, ids in enumerate(prompt_ids):
+            place = (rank * len(prompt_ids) + i) % group
+            generator = torch.Generator().manual_seed(sum(ids) * 31 + len(ids) * 7 + place)
+            length = 1 + place % 6
+            rows.append(torch.randint(4, 90, (length,), generator=generator).tolist())
+        return rows, None
+
+    trainer._generate_single_turn = sample
+
+
+def build(scenario, folder, rank, world):
+    size = {1: 8, 2: 4}[world]
+    changes = {"per_device_train_batch_size": size, "max_steps": 3, "e_step_frequency": 1, "optim": "sgd"}
+    changes |= {"learning_rate": 0.5, "lr_scheduler_type": "constant", "shuffle_dataset": False}
+    if scenario == "no_feedback_on_one":
+        changes["feedback_fn"] = lambda prompts, **k: [None if rank else "text"] * len(prompts)
+    elif scenario == "no_success_on_one":
+        changes["reward_funcs"] = lambda prompts, **k: [float(rank == 0 and i % 2) for i in range(len(prompts))]
+    elif scenario == "no_success":
+        changes["reward_funcs"] = lambda prompts, **k: [0.0] * len(prompts)
+    elif scenario == "raises_on_one":
+
+        def broken(prompts, **kwargs):
+            if rank == 1:
+                raise KeyError("the judge is out of office")
+            return ["text"] * len(prompts)
+
+        changes["feedback_fn"] = broken
+    elif scenario == "siblings":
+        seen = []
+
+        def look(siblings, texts, **kwargs):
+            seen.extend((text, [s.text for s in others]) for text, others in zip(texts, siblings, strict=True))
+            return ["text"] * len(texts)
+
+        changes |= {"feedback_fn": look, "num_generations": 8}
+    elif scenario == "copies":
+        changes |= {"teacher": "ema", "prior": "fixed"}
+    trainer = tiny.trainer(folder, **changes)
+    if scenario != "sampled":
+        fixed_rollouts(trainer)
+    if scenario == "siblings":
+        trainer.seen = seen
+    return trainer
+
+
+def main(scenario, folder):
+    state = PartialState(cpu=True)
+    rank, world = state.process_index, state.num_processes
+    result = {"error": None}
+    try:
+        trainer = build(scenario, f"{folder}/run", rank, world)
+        trainer.train()
+        result |= {
+            "weights": tiny.weights(trainer),
+            "log": [
+                {k: v for k, v in row.items() if isinstance(v, (int, float))} for row in trainer.state.log_history
+            ],
+            "seen": getattr(trainer, "seen", None),
+            "average": getattr(trainer.teacher, "average", None) and dict(trainer.teacher.average.weights),
+        }
+    except Exception:
+        result["error"] = traceback.format_exc()
+        raise
+    finally:
+        torch.save(result, f"{folder}/world{world}_rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
