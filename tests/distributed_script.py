@@ -59,7 +59,7 @@ def build(scenario, folder, rank, world):
             seen.extend((text, [s.text for s in others]) for text, others in zip(texts, siblings, strict=True))
             return ["text"] * len(texts)
 
-        changes |= {"feedback_fn": look, "num_generations": 8}
+        changes |= {"feedback_fn": look, "num_generations": 8, "gradient_accumulation_steps": 1}
     elif scenario == "copies":
         changes |= {"teacher": "ema", "prior": "fixed"}
     trainer = tiny.trainer(folder, **changes)
