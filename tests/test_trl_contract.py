@@ -1,0 +1,88 @@
+"""TRL's private surface moves between versions: each hook that this library uses is named here, with its form."""
+
+import inspect
+
+import pytest
+import trl
+from transformers import Trainer
+from trl import GRPOTrainer
+from trl.kernels import ChunkedLogProbFunction
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.models.utils import _ForwardRedirection
+from trl.trainer import utils
+
+from tests import tiny
+
+
+HOOKS = [
+    (GRPOTrainer._calculate_rewards, "self inputs prompts completions completion_ids_list"),
+    (GRPOTrainer._generate_and_score_completions, "self inputs"),
+    (GRPOTrainer._prepare_inputs, "self generation_batch"),
+    (GRPOTrainer._compute_loss, "self model inputs"),
+    (GRPOTrainer._tokenize_prompts, "self prompts"),
+    (GRPOTrainer._log_completion_extra, "self column values"),
+    (GRPOTrainer._log_metric, "self name value"),
+    (GRPOTrainer._get_train_sampler, "self dataset"),
+    (GRPOTrainer._save_checkpoint, "self model trial"),
+    (GRPOTrainer._load_optimizer_and_scheduler, "self checkpoint"),
+    (GRPOTrainer.training_step, "self model inputs num_items_in_batch"),
+    (Trainer.get_batch_samples, "self epoch_iterator num_batches device"),
+    (Trainer._clip_grad_norm, "self model"),
+    (Trainer._get_grad_norm, "self model grad_norm"),
+    (Trainer._get_output_dir, "self trial"),
+    (utils.get_callable_name, "func"),
+    (utils.start_event_loop_in_daemon, "name"),
+    (utils.shutdown_event_loop_in_daemon, "thread loop"),
+    (_ForwardRedirection.__call__, "self wrapper_module original_module method args kwargs"),
+    (
+        ChunkedDivergenceFunction.forward,
+        "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
+        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
+    ),
+    (
+        ChunkedLogProbFunction.forward,
+        "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "names"), HOOKS, ids=lambda x: getattr(x, "__qualname__", ""))
+def test_a_hook_has_the_form_that_this_library_expects(function, names):
+    assert list(inspect.signature(function).parameters) == names.split()
+
+
+def test_single_turn_generation_takes_what_generate_passes():
+    names = list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
+    assert names[:5] == ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
+
+
+def test_trl_is_of_the_supported_series():
+    assert trl.__version__.startswith("1.16.")
+
+
+def test_the_trainer_has_the_attributes_that_this_library_reads(tmp_path):
+    trainer = tiny.trainer(tmp_path, max_steps=1)
+    trainer.train()
+    for name in [
+        "_step",
+        "_buffered_inputs",
+        "_metrics",
+        "_tokenizer",
+        "_is_vlm",
+        "_dist",
+        "_current_train_step_time",
+        "aux_loss_enabled",
+        "temperature",
+        "num_iterations",
+        "num_generations",
+        "reward_weights",
+        "chat_template",
+        "chat_template_kwargs",
+        "model_wrapped",
+        "current_gradient_accumulation_steps",
+        "generation_config",
+        "eos_token_ids",
+    ]:
+        assert hasattr(trainer, name), name
+    batch = trainer._buffered_inputs[0]
+    assert {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"} <= batch.keys()
