@@ -107,11 +107,21 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (weight * torch.where(weight > 0, p - q, 0.0)).sum(-1)
 
 
-def with_tail(logps: torch.Tensor) -> torch.Tensor:
-    """Append to the log-probabilities (…, K) of a few events that of all the others: log(1 − Σ exp) → (…, K+1)."""
-    # Rounding can push the sum to 1 or above; the smallest tail that float32 can tell from none keeps the log finite
-    total = torch.logsumexp(logps, dim=-1, keepdim=True).clamp(max=-1e-7)
-    return torch.cat([logps, torch.log(-torch.expm1(total))], dim=-1)
+def top_k_logps(logits: torch.Tensor, indices: torch.Tensor, *, tail: bool) -> torch.Tensor:
+    """
+    Log-probabilities of the k events at `indices` (N, k) under `logits` (N, V).
+
+    With `tail` they are of the full distribution, and one more event holds all the others: (N, k + 1), or (N, k) if
+    there are no others. Without, the k are a distribution of their own. The tail is summed up, not 1 − Σ: what float32
+    leaves of that difference is noise once the k hold nearly everything.
+    """
+    chosen = logits.gather(-1, indices)
+    if not tail:
+        return chosen.log_softmax(-1)
+    if indices.size(-1) < logits.size(-1):
+        others = logits.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
+        chosen = torch.cat([chosen, others], dim=-1)
+    return chosen - logits.logsumexp(-1, keepdim=True)
 
 
 class TokenDivergence(NamedTuple):
@@ -168,18 +178,11 @@ def topk_divergence(
 
     def chunk(student_hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = student.logits(student_hidden)  # (n, V)
-        student_logps = logits.log_softmax(-1)
         with torch.no_grad():
-            entropy = torch.special.entr(student_logps.exp()).sum(-1)
-            teacher_logits = teacher.logits(teacher_hidden)
-            indices = student_logps.topk(k, dim=-1).indices  # (n, k)
-            teacher_logps = teacher_logits.gather(-1, indices) - teacher_logits.logsumexp(-1, keepdim=True)
-        student_logps = student_logps.gather(-1, indices)
-        if add_tail:
-            student_logps, teacher_logps = with_tail(student_logps), with_tail(teacher_logps)
-        else:
-            student_logps, teacher_logps = student_logps.log_softmax(-1), teacher_logps.log_softmax(-1)
-        return divergence(student_logps, teacher_logps, alpha=alpha), entropy
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+            indices = logits.topk(k, dim=-1).indices  # (n, k)
+            teacher_logps = top_k_logps(teacher.logits(teacher_hidden), indices, tail=add_tail)
+        return divergence(top_k_logps(logits, indices, tail=add_tail), teacher_logps, alpha=alpha), entropy
 
     chunks = [
         checkpoint(chunk, s, t, use_reentrant=False)
