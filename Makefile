@@ -2,7 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test test-slow lint build clean
+.DEFAULT_GOAL := demo
+.PHONY: venv demo test test-slow lint build clean
+
+venv: $(VENV)/.dev $(VENV)/.demo
 
 # A real model learns from feedback on a CPU: about ten minutes after the installation
 demo: $(VENV)/.demo

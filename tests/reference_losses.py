@@ -36,7 +36,7 @@ def top_k(student_logits, teacher_logits, alpha, k, tail):
     student, teacher = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
     indices = student_logits.argsort(-1, descending=True)[..., :k]
     student, teacher = student.gather(-1, indices), teacher.gather(-1, indices)
-    if tail:
+    if tail and k < student_logits.shape[-1]:
         student = torch.cat([student, 1 - student.sum(-1, keepdim=True)], -1)
         teacher = torch.cat([teacher, 1 - teacher.sum(-1, keepdim=True)], -1)
     else:
@@ -49,3 +49,16 @@ def bco(log_ratio, success, temperature, shift):
     return torch.stack(
         [-torch.log(torch.sigmoid(r - shift if s else shift - r)) for r, s in zip(rho, success, strict=True)]
     )
+
+
+def sequence_log_ratio(teacher_logps, prior_logps, mask, reduction):
+    rows = []
+    for teacher, prior, counts in zip(teacher_logps.double(), prior_logps.double(), mask, strict=True):
+        differences = [t - p for t, p, c in zip(teacher, prior, counts, strict=True) if c]
+        rows.append(sum(differences) / (1 if reduction == "sum" else len(differences)))
+    return torch.stack(rows)
+
+
+def importance_ratio(logps, old_logps, clip):
+    ratio = torch.exp((logps.double() - old_logps.double()).clamp(-20, 20))
+    return torch.minimum(ratio, torch.tensor(clip, dtype=torch.float64))

@@ -1,12 +1,15 @@
 """Bad input gets an error at construction that says what was given and what is allowed."""
 
 import warnings
+from dataclasses import fields
 
 import pytest
 from datasets import Dataset
 from peft import PromptTuningConfig
+from trl import GRPOConfig
 
 from tests import tiny
+from vpd_trl import VPDConfig
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,13 @@ def test_a_divergence_is_one_number_between_forward_and_reverse(tmp_path):
     alphas = {d: tiny.config(tmp_path, divergence=d, jsd_weight=0.3).divergence_alpha for d in ("forward_kl", "jsd")}
     assert alphas == {"forward_kl": 0.0, "jsd": 0.3}
     assert tiny.config(tmp_path, divergence="reverse_kl").divergence_alpha == 1.0
+
+
+def test_every_new_field_has_a_help_text():
+    inherited = {f.name for f in fields(GRPOConfig)}
+    new = [f for f in fields(VPDConfig) if f.name not in inherited]
+    assert len(new) > 20
+    assert [f.name for f in new if not f.metadata.get("help", "").strip()] == []
 
 
 @pytest.mark.parametrize("method", ["vpd", "sdpo"])

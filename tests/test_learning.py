@@ -70,13 +70,13 @@ def test_a_few_dozen_steps_raise_the_success_rate_and_e_steps_raise_the_margin(t
         feedback_fn=feedback,
         teacher_template="{prompt}{critique}",  # short, for a model that reads characters
         critique_template="{critique}",
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=128,
         gradient_accumulation_steps=1,
         num_generations=8,
         max_completion_length=2,
-        max_steps=40,
+        max_steps=60,
         e_step_frequency=5,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         lr_scheduler_type="constant",
         seed=seed,
     )

@@ -27,8 +27,6 @@ HOOKS = [
     (GRPOTrainer._load_optimizer_and_scheduler, "self checkpoint"),
     (GRPOTrainer.training_step, "self model inputs num_items_in_batch"),
     (Trainer.get_batch_samples, "self epoch_iterator num_batches device"),
-    (Trainer._clip_grad_norm, "self model"),
-    (Trainer._get_grad_norm, "self model grad_norm"),
     (Trainer._get_output_dir, "self trial"),
     (utils.get_callable_name, "func"),
     (utils.start_event_loop_in_daemon, "name"),

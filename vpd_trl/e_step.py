@@ -117,10 +117,9 @@ class EStep:
                     accelerator.backward(loss * accelerator.num_processes)
                 loss_sum += loss.detach()
                 new_rewards.append(self.args.bco_temperature * log_ratio.detach())
-            grad_norm = None
-            if self.args.max_grad_norm > 0:
-                grad_norm = trainer._clip_grad_norm(trainer.model_wrapped)
-            grad_norm = trainer._get_grad_norm(trainer.model_wrapped, grad_norm=grad_norm)
+            # Without a limit the norm is measured all the same
+            limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else float("inf")
+            grad_norm = accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), limit)
             trainer.optimizer.step()
             trainer.model_wrapped.zero_grad()
 

@@ -45,7 +45,7 @@ def _write(value: Any, path: str) -> None:
 
 
 def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
-    state: dict[str, Any] = {"method": trainer.args.method, "step": trainer._step}
+    state: dict[str, Any] = {"method": trainer.args.method, "step": trainer._step, "epoch": trainer.state.epoch or 0.0}
     if trainer.parts.distills:
         state |= {
             "teacher_kind": trainer.args.teacher,
@@ -83,7 +83,7 @@ def load(trainer: VPDTrainer, folder: str) -> None:
                 "checkpoint's weights (model=...) instead of resuming."
             )
     trainer._step = state["step"]
-    _advance_sampler(trainer)
+    _advance_sampler(trainer, epochs=int(state["epoch"]))
     if "rollout_batches" not in state:  # saved with method="grpo"
         return
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
@@ -101,7 +101,7 @@ def load(trainer: VPDTrainer, folder: str) -> None:
         trainer._pending_e_step = saved["batches"] if saved["e_step_is_pending"] else None
 
 
-def _advance_sampler(trainer: VPDTrainer) -> None:
+def _advance_sampler(trainer: VPDTrainer, *, epochs: int) -> None:
     """
     Bring the order of prompts to the epoch that is resumed.
 
@@ -109,7 +109,5 @@ def _advance_sampler(trainer: VPDTrainer) -> None:
     """
     sampler = trainer._train_sampler
     generator = getattr(sampler, "generator", None)
-    if generator is None or trainer.state.epoch is None:
-        return
-    for _ in range(int(trainer.state.epoch)):
+    for _ in range(epochs if generator is not None else 0):
         torch.randperm(sampler.num_samples, generator=generator)
