@@ -27,7 +27,7 @@ def setting(n, vocabulary, *, size=8, dtype=torch.float32, seed=0, **head):
 
 def gradients(value, tensors):
     weights = torch.linspace(0.5, 2.0, max(value.numel(), 1), dtype=value.dtype)[: value.numel()]
-    return torch.autograd.grad((value * weights).sum(), tensors)
+    return torch.autograd.grad((value * weights.view_as(value)).sum(), tensors, retain_graph=True)
 
 
 def reference_logits(hidden, head):
@@ -59,7 +59,9 @@ def test_the_fused_divergence_equals_the_reference(n, vocabulary, alpha, head):
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize(("n", "vocabulary", "k"), [(1, 11, 1), (1, 11, 5), (1, 11, 11), (7, 1037, 5), (7, 1037, 100), (7, 1037, 1037)])
+@pytest.mark.parametrize(
+    ("n", "vocabulary", "k"), [(1, 11, 1), (1, 11, 5), (1, 11, 11), (7, 1037, 5), (7, 1037, 100), (7, 1037, 1037)]
+)
 def test_the_top_k_divergence_equals_the_reference(n, vocabulary, k, alpha, tail, head):
     student, teacher, s, t = setting(n, vocabulary, **head)
     ours = losses.topk_divergence(student, teacher, s, t, alpha=alpha, k=k, add_tail=tail)
@@ -186,11 +188,12 @@ def test_the_teacher_gets_no_gradient(alpha):
         losses.topk_divergence(student, teacher, s, t, alpha=alpha, k=4).divergence,
     ):
         value.sum().backward()
-        assert student.grad is not None and s.weight.grad is not None
-        assert teacher.grad is None and t.weight.grad is None and t.bias.grad is None
+        assert all(x.grad is not None for x in (student, s.weight, s.bias))
+        assert all(x.grad is None for x in (teacher, t.weight, t.bias))
     a, b = (torch.randn(5, 9).log_softmax(-1).requires_grad_() for _ in range(2))
     losses.divergence(a, b, alpha=alpha).sum().backward()
-    assert a.grad is not None and b.grad is None
+    assert a.grad is not None
+    assert b.grad is None
 
 
 def test_a_divergence_is_zero_at_equality_and_positive_elsewhere_and_has_a_direction():
@@ -214,7 +217,35 @@ def test_the_tail_completes_the_distribution_and_stays_exact_when_it_is_tiny():
     assert torch.allclose(losses.top_k_logps(logits, everything, tail=True), logits.log_softmax(-1), atol=1e-6)
 
 
-@@def test_bco_equals_the_reference():
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize(("n", "vocabulary"), [(0, 11), (1, 11), (7, 1037)])
+def test_a_heads_logits_and_token_log_probabilities_equal_the_reference(n, vocabulary, options, with_bias):
+    hidden, _, head, _ = setting(n, vocabulary, **options)
+    head = head if with_bias else head._replace(bias=None)
+    inputs = [hidden, head.weight, head.bias] if with_bias else [hidden, head.weight]
+    expected = reference_logits(hidden, head)
+    agree(head.logits(hidden), expected, inputs)
+    tokens = torch.arange(n) * 11 % vocabulary
+    expected = reference_logits(hidden, head).log_softmax(-1)[torch.arange(n), tokens]
+    agree(head.token_logps(hidden, tokens), expected, inputs)
+
+
+def test_logits_of_a_bfloat16_head_are_float32():
+    hidden, _, head, _ = setting(3, 11, dtype=torch.bfloat16)
+    assert head.logits(hidden).dtype == torch.float32
+
+
+def test_a_detached_head_is_the_same_head_as_a_constant():
+    hidden, _, head, _ = setting(3, 11, scale=0.3, softcap=2.0, temperature=1.7)
+    constant = head.detach()
+    assert not any(x.requires_grad for x in (constant.weight, constant.bias))
+    assert all(x.requires_grad for x in (head.weight, head.bias))
+    assert torch.equal(constant.logits(hidden), head.logits(hidden))
+    assert head._replace(bias=None).detach().bias is None
+
+
+def test_bco_equals_the_reference():
     ratio = (torch.randn(9) * 20).requires_grad_()
     success = torch.arange(9) % 3 == 0
     ours = losses.bco_loss(ratio, success, temperature=0.1, shift=0.4)
