@@ -320,3 +320,8 @@ def test_an_importance_ratio_is_clipped_and_has_no_gradient():
     ratio = losses.importance_ratio(logps, torch.zeros(4), clip=2.0)
     assert ratio.tolist() == pytest.approx([1.0, 2.0, 2.0, math.exp(-20)])
     assert not ratio.requires_grad
+
+
+def test_a_log_ratio_of_half_precision_tokens_is_summed_in_float32():
+    ones = torch.ones(1, 257, dtype=torch.bfloat16)
+    assert losses.sequence_log_ratio(ones, ones * 0, ones).item() == 257.0

@@ -64,7 +64,8 @@ def sequence_log_ratio(
     `mask` (B, T) is 1 on the tokens that count. `reduction="sum"` is the equation's; `"mean"` divides by the number
     of tokens (at least 1), which makes long and short rollouts comparable.
     """
-    mask = mask.to(teacher_logps.dtype)
+    dtype = torch.promote_types(teacher_logps.dtype, torch.float32)  # bfloat16 can't count to 257
+    teacher_logps, prior_logps, mask = teacher_logps.to(dtype), prior_logps.to(dtype), mask.to(dtype)
     # `where`, not a product: a masked position may hold an infinity
     total = torch.where(mask > 0, teacher_logps - prior_logps, 0.0).sum(-1)
     return total if reduction == "sum" else total / mask.sum(-1).clamp(min=1.0)
