@@ -9,7 +9,7 @@ from peft import PromptTuningConfig
 from trl import GRPOConfig
 
 from tests import tiny
-from vpd_trl import VPDConfig
+from vpd_trl import VPDConfig, VPDTrainer
 
 
 @pytest.mark.parametrize(
@@ -168,3 +168,8 @@ def test_feedback_for_a_method_that_uses_none_is_said_not_swallowed(tmp_path, ca
     with caplog.at_level("WARNING"):
         tiny.trainer(tmp_path, method="grpo")
     assert "makes no use of feedback_fn ['answer_feedback']" in caplog.text
+
+
+def test_a_configuration_of_trls_own_is_refused(model):
+    with pytest.raises(TypeError, match="args must be a VPDConfig.*got dict"):
+        VPDTrainer(model, tiny.parity_reward, {}, tiny.dataset(), feedback_fn=tiny.answer_feedback)

@@ -192,6 +192,12 @@ def test_an_iterable_dataset_trains(tmp_path):
     assert trainer.state.global_step == 2
 
 
+def test_a_stream_without_max_steps_is_refused(tmp_path):
+    rows = list(tiny.dataset(16))
+    with pytest.raises(ValueError, match="max_steps"):
+        tiny.trainer(tmp_path, data=IterableDataset.from_generator(lambda: iter(rows)), max_steps=-1)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_lora_student_gets_gradients_in_both_steps(tmp_path, checkpointing):
     trainer = tiny.trainer(

@@ -12,6 +12,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer import utils
 
 from tests import tiny
+from vpd_trl import VPDTrainer
 
 
 HOOKS = [
@@ -84,3 +85,8 @@ def test_the_trainer_has_the_attributes_that_this_library_reads(tmp_path):
         assert hasattr(trainer, name), name
     batch = trainer._buffered_inputs[0]
     assert {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"} <= batch.keys()
+
+
+def test_the_trainer_takes_what_grpotrainer_takes_in_its_order():
+    ours, theirs = (list(inspect.signature(c.__init__).parameters) for c in (VPDTrainer, GRPOTrainer))
+    assert ours == [*theirs, "feedback_fn"]

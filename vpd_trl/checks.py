@@ -28,6 +28,20 @@ def no_reward(prompts: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(prompts)
 
 
+def check_config(args: Any) -> None:
+    """
+    Check the type of the configuration.
+
+    Raises:
+        TypeError: If it is not a `VPDConfig`.
+    """
+    if not isinstance(args, VPDConfig):
+        raise TypeError(
+            f"args must be a VPDConfig, which takes all that GRPOConfig takes; got {type(args).__name__}. For plain GRPO "
+            "use VPDConfig(method='grpo', ...)."
+        )
+
+
 def check_rewards(args: VPDConfig, reward_funcs: Any) -> Any:
     """
     The reward functions, or one that is always 0 where none are needed.
@@ -46,14 +60,20 @@ def check_rewards(args: VPDConfig, reward_funcs: Any) -> Any:
 
 
 def check_arguments(
-    args: VPDConfig, model: Any, feedback: FeedbackCollector | None, dataset: Any, others: dict[str, Any]
+    args: VPDConfig,
+    model: Any,
+    feedback: FeedbackCollector | None,
+    dataset: Any,
+    *,
+    quantization_config: Any,
+    unsupported: dict[str, Any],
 ) -> None:
     """
     Check what is known before the model is loaded.
 
     Raises:
         ValueError: If something is missing, too small or not supported; the message says what to do.
-        TypeError: If `args` is not a `VPDConfig`, or prompts have a wrong type.
+        TypeError: If prompts have a wrong type.
     """
     _check_dataset_size(args, dataset)
     if not args.parts.distills:
@@ -65,10 +85,10 @@ def check_arguments(
             f"method={args.method!r} learns from feedback, so it needs feedback_fn: {_SHIPPED}, or write a function "
             "that returns one str, Feedback or None per rollout. Without feedback, use method='grpo'."
         )
-    for name in ("tools", "environment_factory"):
-        if others.get(name):
+    for name, value in unsupported.items():
+        if value:
             raise ValueError(f"{name} is not supported with method={args.method!r} yet; use method='grpo'.")
-    quantization = others.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")
+    quantization = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     four_bit = getattr(quantization, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False)
     if args.use_vllm and four_bit:
         raise ValueError(

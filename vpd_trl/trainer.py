@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import textwrap
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, pad
@@ -30,6 +30,10 @@ from .prompts import TeacherPromptBuilder, check_prompt
 from .scoring import Scorer
 from .teacher import make_prior, make_teacher
 from .watch import Watch
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
 logger = get_logger(__name__)
@@ -82,14 +86,13 @@ class VPDTrainer(GRPOTrainer):
             The student, as in [`~trl.GRPOTrainer`].
         reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
             As in [`~trl.GRPOTrainer`]. May be left out with `method="sdpo"`; every reward is then 0.
+        args ([`VPDConfig`], *optional*):
+            Configuration. If `None`, a default one is used.
+        train_dataset, …, environment_factory:
+            As in [`~trl.GRPOTrainer`], in its order.
         feedback_fn ([`FeedbackFn`] or list of them, *optional*):
             Says what the teacher sees of each rollout. Of a list, the first non-blank text of each section wins.
             Needed unless `method="grpo"`, which makes no use of it.
-        args ([`VPDConfig`], *optional*):
-            Configuration. If `None`, a default one is used.
-        **kwargs:
-            Everything else that [`~trl.GRPOTrainer`] takes: `train_dataset`, `eval_dataset`, `processing_class`,
-            `peft_config`, `callbacks`, `optimizers`, …
 
     Raises:
         ValueError, TypeError:
@@ -119,23 +122,59 @@ class VPDTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
-        feedback_fn: FeedbackFn | Sequence[FeedbackFn] | None = None,
         args: VPDConfig | None = None,
-        train_dataset: Any = None,
-        **kwargs: Any,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any = None,
+        feedback_fn: FeedbackFn | Sequence[FeedbackFn] | None = None,
     ) -> None:
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = VPDConfig(f"{model_id.split('/')[-1]}-VPD")
+        checks.check_config(args)
         self.parts = args.parts
         self.feedback = None if feedback_fn is None else FeedbackCollector(feedback_fn)
         reward_funcs = checks.check_rewards(args, reward_funcs)
-        checks.check_arguments(args, model, self.feedback, train_dataset, kwargs)
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        checks.check_arguments(
+            args,
+            model,
+            self.feedback,
+            train_dataset,
+            quantization_config=quantization_config,
+            unsupported={"tools": tools, "environment_factory": environment_factory},
+        )
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
         self.args: VPDConfig
+        self._init_state()
+        if self.parts.distills:
+            self._init_distillation()
 
+    def _init_state(self) -> None:
         # How far training is; all of it is saved in checkpoints
         self.rollout_batches = 0
         self._finished_rollout_batches = 0
@@ -148,9 +187,9 @@ class VPDTrainer(GRPOTrainer):
         self._m_step_time = 0.0
         self._means = Means()
         self._watch = Watch(logger)
-        if not self.parts.distills:
-            return
 
+    def _init_distillation(self) -> None:
+        args = self.args
         checks.check_model(self)
         self.teacher = make_teacher(self.model, args.teacher, update_rate=args.teacher_update_rate)
         self.prior = make_prior(self.model, args.prior)
