@@ -171,5 +171,5 @@ def test_feedback_for_a_method_that_uses_none_is_said_not_swallowed(tmp_path, ca
 
 
 def test_a_configuration_of_trls_own_is_refused(model):
-    with pytest.raises(TypeError, match="args must be a VPDConfig.*got dict"):
+    with pytest.raises(TypeError, match=r"args must be a VPDConfig.*got dict"):
         VPDTrainer(model, tiny.parity_reward, {}, tiny.dataset(), feedback_fn=tiny.answer_feedback)
