@@ -372,3 +372,35 @@ def test_student_and_teacher_are_on_one_scale_at_any_temperature(tmp_path, token
 def test_the_first_e_steps_loss_is_near_ln_4(tmp_path):
     trainer = ready(tmp_path)
     assert trainer.state.log_history[0]["e_step/loss"] == pytest.approx(math.log(4), abs=0.1)
+
+
+def test_an_e_step_holds_no_more_tokens_at_a_time_than_an_m_step(tmp_path):
+    trainer = tiny.trainer(
+        tmp_path,
+        feedback_fn=lambda prompts, **kwargs: ["long feedback " * 8] * len(prompts),
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=1,
+        e_step_frequency=1,
+        max_completion_length=40,
+        max_steps=2,
+    )
+    held = {"e": [], "m": []}
+    phase = ["m"]
+    forward, run = trainer.model.model.forward, trainer.e_step.run
+
+    def spy(*args, input_ids=None, **kwargs):
+        if torch.is_grad_enabled():
+            held[phase[0]].append(input_ids.numel())
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    def run_in_phase(batches):
+        phase[0] = "e"
+        try:
+            return run(batches)
+        finally:
+            phase[0] = "m"
+
+    trainer.model.model.forward, trainer.e_step.run = spy, run_in_phase
+    trainer.train()
+    assert len(held["e"]) > 2
+    assert max(held["e"]) <= max(held["m"])

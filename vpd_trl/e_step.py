@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import DistributedType
 
-from .batch import Batch, loss_mask
+from .batch import Batch, loss_mask, rows_of
 from .losses import bco_loss
 from .metrics import Means
 from .network import scoring_mode
@@ -43,8 +43,8 @@ class EStep:
     """
     Trains the teacher on a rollout batch by Binary Classifier Optimization.
 
-    The batch comes as the micro-batches that the M-step will take, so an E-step needs no more memory than an M-step.
-    Class means, class counts and the reward shift are over all micro-batches of an update and all processes. Rollouts
+    The batch comes as the micro-batches that the M-step will take, and is split further where the teacher's prompts are
+    longer, so an E-step needs no more memory than an M-step (down to one row at a time). Class means, class counts and the reward shift are over all micro-batches of an update and all processes. Rollouts
     without feedback, without a score or without a token of their own are left out.
 
     Args:
@@ -68,7 +68,7 @@ class EStep:
         if self.args.e_step_batch_size is not None:
             processes = self.trainer.accelerator.num_processes
             per_update = self.args.e_step_batch_size // (self.args.per_device_train_batch_size * processes)
-        updates = [micro_batches[i : i + per_update] for i in range(0, len(micro_batches), per_update)]
+        updates = [self._split(micro_batches[i : i + per_update]) for i in range(0, len(micro_batches), per_update)]
         counts = [self._class_counts(update) for update in updates]
         self.last_counts = (sum(n for n, _ in counts), sum(n for _, n in counts))
         possible = [min(pair) >= self.args.e_step_min_per_class for pair in counts]
@@ -93,6 +93,26 @@ class EStep:
         record("e_step/skipped", possible.count(False) / len(possible))
         record("time/e_step", time.perf_counter() - start)
         return any(possible)
+
+    def _split(self, micro_batches: list[Batch]) -> list[Batch]:
+        """
+        Smaller micro-batches, so that none holds more tokens with the teacher's prompt than in the student's M-step.
+
+        All processes split alike, as each backward pass may wait for the others.
+        """
+
+        def width(batch: Batch, prompt: str) -> int:
+            return batch[prompt].size(1) + batch["completion_ids"].size(1)
+
+        ratios = [width(batch, "teacher_prompt_ids") / width(batch, "prompt_ids") for batch in micro_batches]
+        ratio = torch.tensor(max(ratios), device=self.trainer.accelerator.device)
+        ratio = self.trainer.accelerator.gather(ratio).max().item()
+        pieces = []
+        for batch in micro_batches:
+            rows = batch["completion_ids"].size(0)
+            size = max(1, int(rows / max(ratio, 1.0)))
+            pieces += [rows_of(batch, slice(i, i + size)) for i in range(0, rows, size)]
+        return pieces
 
     def _update(
         self, micro_batches: list[Batch], priors: list[torch.Tensor], rewards: list[torch.Tensor], counts: tuple
