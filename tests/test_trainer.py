@@ -60,6 +60,8 @@ def test_grpo_is_trl_to_the_bit(tmp_path, tokenizer, changes):
         {"gradient_checkpointing": True},
         {"max_grad_norm": 0.0},
         {"temperature": 0.5},
+        {"bf16": True},
+        {"bf16": True, "cast_lm_head_to_fp32": True, "distillation_top_k": 5},
     ],
     ids=str,
 )
@@ -196,6 +198,24 @@ def test_a_stream_without_max_steps_is_refused(tmp_path):
     rows = list(tiny.dataset(16))
     with pytest.raises(ValueError, match="max_steps"):
         tiny.trainer(tmp_path, data=IterableDataset.from_generator(lambda: iter(rows)), max_steps=-1)
+
+
+def test_vllm_gets_the_weights_of_an_e_step_within_the_same_step(tmp_path):
+    trainer = tiny.trainer(tmp_path, e_step_frequency=1, steps_per_generation=1, max_steps=2)
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    synced = []
+
+    def generate(prompt_ids, *args, **kwargs):
+        if trainer.state.global_step != trainer._last_loaded_step:
+            synced.append(tiny.weights(trainer))
+            trainer._last_loaded_step = trainer.state.global_step
+        assert tiny.same(synced[-1], tiny.weights(trainer)), "rollouts of weights that the student no longer has"
+        return [[10 + i, 20] for i, _ in enumerate(prompt_ids)], None
+
+    trainer._generate_single_turn = generate
+    trainer.vllm_importance_sampling_correction = False
+    trainer.train()
+    assert len(synced) == 4
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

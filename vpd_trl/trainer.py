@@ -241,6 +241,8 @@ class VPDTrainer(GRPOTrainer):
         micro_batches, self._pending_e_step = self._pending_e_step, None
         if micro_batches is not None:
             ran = self.e_step.run(micro_batches)
+            if ran and self.use_vllm:
+                self._last_loaded_step = -1  # the weights changed within a step: the next rollouts need them
             successes, failures = self.e_step.last_counts
             self._watch.e_step(ran=ran, successes=successes, failures=failures)
 
