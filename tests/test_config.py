@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from datasets import Dataset
 from peft import PromptTuningConfig
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from tests import tiny
 from vpd_trl import VPDConfig, VPDTrainer
@@ -173,3 +173,13 @@ def test_feedback_for_a_method_that_uses_none_is_said_not_swallowed(tmp_path, ca
 def test_a_configuration_of_trls_own_is_refused(model):
     with pytest.raises(TypeError, match=r"args must be a VPDConfig.*got dict"):
         VPDTrainer(model, tiny.parity_reward, {}, tiny.dataset(), feedback_fn=tiny.answer_feedback)
+
+
+def test_the_configuration_parses_from_a_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --method sdpo --distillation_top_k 20 --e_step_learning_rate 1e-5 --bf16 false"
+    (parsed,) = TrlParser((VPDConfig,)).parse_args_and_config(
+        [*line.split(), "--use_cpu", "--strip_thinking", "false"]
+    )
+    assert (parsed.method, parsed.distillation_top_k, parsed.e_step_learning_rate) == ("sdpo", 20, 1e-5)
+    assert parsed.strip_thinking is False
+    assert parsed.e_step_batch_size is None
