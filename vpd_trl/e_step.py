@@ -43,9 +43,10 @@ class EStep:
     """
     Trains the teacher on a rollout batch by Binary Classifier Optimization.
 
-    The batch comes as the micro-batches that the M-step will take, and is split further where the teacher's prompts are
-    longer, so an E-step needs no more memory than an M-step (down to one row at a time). Class means, class counts and the reward shift are over all micro-batches of an update and all processes. Rollouts
-    without feedback, without a score or without a token of their own are left out.
+    The batch comes as the micro-batches that the M-step will take, and is split further where the teacher's prompts
+    are longer, so an E-step needs no more memory than an M-step (down to one row at a time). Class means, class counts
+    and the reward shift are over all micro-batches of an update and all processes. Rollouts without feedback, without
+    a score or without a token of their own are left out.
 
     Args:
         trainer: The trainer, ready but for the E-step.

@@ -27,8 +27,7 @@ def save(trainer: VPDTrainer, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     if trainer.args.should_save:
         _write(_state_dict(trainer), os.path.join(folder, STATE_FILE))
-    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
-    if trainer.parts.distills and trainer._step % generate_every:
+    if trainer.parts.distills and trainer._step % trainer._generate_every:
         # In the middle of a rollout batch: the same rollouts must be trained on after resuming
         rollouts = {
             "collected_step": trainer._collected_step,
@@ -86,8 +85,7 @@ def load(trainer: VPDTrainer, folder: str) -> None:
     _advance_sampler(trainer, epochs=int(state["epoch"]))
     if "rollout_batches" not in state:  # saved with method="grpo"
         return
-    generate_every = trainer.args.steps_per_generation * trainer.num_iterations
-    trainer._finished_rollout_batches = trainer._step // generate_every
+    trainer._finished_rollout_batches = trainer._step // trainer._generate_every
     trainer.rollout_batches = state["rollout_batches"]
     trainer.teacher.load_state_dict(state["teacher"])
     trainer.prior.load_state_dict(state["prior"])

@@ -26,6 +26,7 @@ from .feedback import Feedback, FeedbackFn
 from .feedback.collect import FeedbackCollector
 from .losses import importance_ratio
 from .metrics import Means
+from .processes import stop_together
 from .prompts import TeacherPromptBuilder, check_prompt
 from .scoring import Scorer
 from .teacher import make_prior, make_teacher
@@ -219,23 +220,26 @@ class VPDTrainer(GRPOTrainer):
     def _open_optimizer_step(self) -> None:
         start = time.perf_counter()
         self.model_wrapped.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have modes too
+            self.optimizer.train()
         # Rollouts that came inside the last accumulation window (`steps_per_generation` does not fill it) waited
         self._run_pending_e_step()
-        if self._rollouts_are_due():
+        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
             self._prepare_inputs(self._window[0])
             self._run_pending_e_step()
         self._current_train_step_time += time.perf_counter() - start
 
     def _close_optimizer_step(self) -> None:
-        finished = self._step // (self.args.steps_per_generation * self.num_iterations)
+        finished = self._step // self._generate_every
         if finished > self._finished_rollout_batches:
             self._finished_rollout_batches = finished
             self.teacher.after_rollout_batch()
         self._log_m_step()
 
-    def _rollouts_are_due(self) -> bool:
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        return self._step % generate_every == 0 or self._buffered_inputs is None
+    @property
+    def _generate_every(self) -> int:
+        """Micro-batches that are trained on between two rollout batches."""
+        return self.args.steps_per_generation * self.num_iterations
 
     def _run_pending_e_step(self) -> None:
         micro_batches, self._pending_e_step = self._pending_e_step, None
@@ -265,8 +269,9 @@ class VPDTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         if not (self.parts.distills and self.model.training):
             return super()._generate_and_score_completions(inputs)
-        for row in inputs:
-            check_prompt(row["prompt"])
+        with stop_together(self.accelerator):
+            for row in inputs:
+                check_prompt(row["prompt"])
         self._rollout_start = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)
         assert self._annotation is not None
