@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 venv: $(VENV)/.dev $(VENV)/.demo
 
-# A real model learns from feedback on a CPU: about ten minutes after the installation
+# A real model learns from feedback on a CPU: about ten minutes, installation included
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo/demo.py
 
