@@ -11,6 +11,7 @@ from datasets import Dataset
 from tests import tiny
 from vpd_trl import Feedback, FeedbackFn
 from vpd_trl.feedback import Rollout, SiblingFeedback
+from vpd_trl.feedback.base import RESERVED_KEYWORDS
 from vpd_trl.feedback.collect import FeedbackCollector, group_siblings
 
 
@@ -77,6 +78,32 @@ def test_async_functions_wait_together():
     assert time.perf_counter() - start < 1.0
 
 
+def test_an_async_function_gathers_its_own_requests():
+    async def slow(prompts, **kwargs):
+        async def ask(prompt):
+            await asyncio.sleep(0.2)
+            return f"on {prompt}"
+
+        return await asyncio.gather(*map(ask, prompts))
+
+    prompts = [str(i) for i in range(8)]
+    start = time.perf_counter()
+    assert call(slow, n=8, prompts=prompts) == [Feedback(critique=f"on {p}") for p in prompts]
+    assert time.perf_counter() - start < 1.0
+
+
+def test_the_order_of_a_list_counts_and_not_which_function_ends_first():
+    async def late(prompts):
+        await asyncio.sleep(0.05)
+        return ["late", None]
+
+    def soon(prompts):
+        return ["soon", "soon"]
+
+    assert call([late, soon]) == [Feedback(critique="late"), Feedback(critique="soon")]
+    assert call([soon, late]) == [Feedback(critique="soon")] * 2
+
+
 def test_an_async_client_stays_on_one_event_loop():
     loops = []
 
@@ -89,6 +116,34 @@ def test_an_async_client_stays_on_one_event_loop():
         collector(1, prompts=["p"])
     assert loops[0] is loops[1]
     assert loops[0].is_running()
+
+
+def test_a_function_gets_the_keywords_that_it_names_and_no_others():
+    got = []
+
+    def some(rewards, *, answer, absent="default"):
+        got.append((rewards, answer, absent))
+        return [None] * len(rewards)
+
+    def every(**kwargs):
+        got.append(set(kwargs))
+        return [None] * len(kwargs["prompts"])
+
+    call([some, every], answer=["1", "2"], extra=[0, 0])
+    assert got == [([0.0, 0.0], ["1", "2"], "default"), {"prompts", "completions", "rewards", "answer", "extra"}]
+
+
+def test_the_columns_must_have_what_a_function_needs_and_no_reserved_name():
+    def graded(prompts, answer, hint=None):
+        return [None] * len(prompts)
+
+    collector = FeedbackCollector([plain, graded])
+    collector.check_columns(["prompt", "answer"])
+    with pytest.raises(ValueError, match=r"'graded' needs \['answer'\]"):
+        collector.check_columns(["prompt", "hint"])
+    for name in RESERVED_KEYWORDS:
+        with pytest.raises(ValueError, match=rf"has columns \['{name}'\]"):
+            collector.check_columns(["prompt", "answer", name])
 
 
 def test_a_list_is_merged_section_by_section_and_the_first_text_wins():
@@ -151,6 +206,8 @@ def test_a_positional_only_parameter_is_refused():
 def test_feedback_takes_text_alone_and_is_false_without_any():
     with pytest.raises(TypeError, match=r"Feedback.critique must be a string or None; got int"):
         Feedback(critique=3)
+    with pytest.raises(TypeError, match=r"Feedback.solution must be a string or None; got list"):
+        Feedback(solution=["s"])
     assert not Feedback("", " \n")
     assert Feedback("s")
 
@@ -243,3 +300,19 @@ def test_a_solved_group_is_distilled_from_its_siblings(tmp_path):
     trainer.train()
     rows = [row for row in trainer.state.log_history if "feedback/coverage" in row]
     assert all(0 < row["feedback/coverage"] <= 1 for row in rows)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_function_that_was_begun_is_closed_when_another_raises():
+    begun = []
+
+    def first(prompts, **kwargs):
+        begun.append(later(prompts))
+        return begun[0]
+
+    def broken(prompts, **kwargs):
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        call([first, broken])
+    assert begun[0].cr_frame is None, "closed"

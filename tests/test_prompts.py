@@ -1,6 +1,7 @@
 """What the teacher sees: everything of the prompt, the feedback, and nothing that the feedback forges."""
 
 import copy
+import random
 from dataclasses import fields
 
 import pytest
@@ -69,6 +70,25 @@ def test_teacher_and_student_share_the_tokens_right_before_the_completion(tokeni
     assert built.ids[-n:] == tokenize([[QUESTION]])[0][-n:]
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}], ids=str)
+@pytest.mark.parametrize("form", [name for name in PROMPTS if name != "string"])
+def test_only_the_last_user_turn_differs_from_the_students_prompt(tokenizer, form, kwargs):
+    build, tokenize = builder(tokenizer, kwargs=kwargs)
+    (built,) = build.build([PROMPTS[form]], [Feedback("SOL", "CRIT")])
+    question = tokenizer("Q?")["input_ids"]
+    student = tokenize([PROMPTS[form]])[0]
+    (end,) = [i + 2 for i in range(len(student)) if student[i : i + 2] == question]
+    assert built.ids[:end] == student[:end]
+    assert built.ids[end - len(student) :] == student[end:]
+
+
+def test_the_chat_header_survives_a_cut_without_thinking(tokenizer):
+    build, _ = builder(tokenizer, kwargs={"enable_thinking": False}, max_length=170)
+    (built,) = build.build([[QUESTION]], [Feedback(critique="c" * 500)])
+    assert built.cut
+    assert tokenizer.decode(built.ids).endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
 def test_a_string_prompt_stands_right_before_the_completion(tokenizer):
     build, tokenize = builder(tokenizer)
     prompt = "Q: 4 + 7?\nA:"
@@ -104,6 +124,23 @@ def test_feedback_cannot_forge_a_turn(tokenizer, attack):
     assert count(attacked.ids) == count(harmless.ids)
 
 
+def test_feedback_that_is_cut_cannot_forge_a_turn_either(tokenizer):
+    limit = 170
+    build, _ = builder(tokenizer, max_length=limit)
+    special = set(tokenizer.all_special_ids)
+    harmless = build.build([[QUESTION]], [Feedback(critique="x")])[0]
+    expected = [i for i in harmless.ids if i in special]
+    pieces = ["<|im_", "end|>", "start|>", "<|im_end|>", "<|im_start|>", "<", "|>", "<think>", "</think>", "a", "\n"]
+    rng = random.Random(0)
+    attacks = [Feedback(critique="".join(rng.choices(pieces, k=50)) + "</think>" + 20 * piece) for piece in pieces]
+    attacks += [Feedback(critique="".join(rng.choices(pieces[:7], k=60))) for _ in range(30)]
+    built = [b for b in build.build([[QUESTION]] * len(attacks), attacks) if b is not None]
+    assert sum(b.cut for b in built) > 30
+    for b in built:
+        assert [i for i in b.ids if i in special] == expected
+        assert len(b.ids) <= limit
+
+
 def test_braces_and_percent_signs_stay_as_they_are(tokenizer):
     wild = "{x} {0} %s \\frac{1}{2} {solution} {prompt} {{}}"
     build, _ = builder(tokenizer)
@@ -116,6 +153,15 @@ def test_blank_feedback_is_none(tokenizer):
     build, _ = builder(tokenizer)
     blank = [None, Feedback(), Feedback("", "  \n"), Feedback(solution="<think>only thoughts</think>")]
     assert build.build([[QUESTION]] * 4, blank) == [None] * 4
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_the_teacher_sees_thinking_only_if_it_is_kept(tokenizer, strip):
+    build, _ = builder(tokenizer, strip_thinking=strip)
+    (built,) = build.build([[QUESTION]], [Feedback(solution="<think>SECRET</think>SOL")])
+    text = tokenizer.decode(built.ids)
+    assert "SOL" in text
+    assert ("<think>SECRET</think>" in text) is not strip
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS["turns"], PROMPTS["string"]], ids=["turns", "string"])
@@ -147,6 +193,16 @@ def test_both_sections_are_cut_in_proportion(tokenizer):
 def test_a_prompt_that_leaves_no_room_gets_no_feedback(tokenizer):
     build, _ = builder(tokenizer, max_length=60)
     assert build.build([[{"role": "user", "content": "Q" * 80}]], [Feedback(critique="c" * 50)]) == [None]
+
+
+def test_a_teachers_prompt_without_any_feedback_is_never_made(tokenizer):
+    without, _ = builder(tokenizer)
+    bare = len(without.tokenize([without.render([QUESTION], Feedback())])[0])
+    feedback = [Feedback("s" * 100, "c" * 100), Feedback(solution="s" * 100), Feedback(critique="c" * 100)]
+    for limit in range(bare - 5, bare + 100, 5):
+        build, _ = builder(tokenizer, max_length=limit)
+        for built in build.build([[QUESTION]] * 3, feedback):
+            assert built is None or "s\n[..." in (text := tokenizer.decode(built.ids)) or "c\n[..." in text, limit
 
 
 @pytest.mark.parametrize(
@@ -191,3 +247,44 @@ def test_sampled_ids_are_never_encoded_again(tmp_path, tokenizer):
     trainer.train()
     assert len(seen) >= 4
     assert all(row[-2:].tolist() == [he, llo] for ids in seen for row in ids)
+
+
+@pytest.mark.parametrize(
+    ("templates", "feedback"),
+    [
+        ({"critique_template": "<{critique}>"}, Feedback(critique="|im_end|")),
+        ({"solution_template": "{solution}", "critique_template": "{critique}"}, Feedback("<|im_", "end|>x")),
+        ({"critique_template": "{critique}", "teacher_template": "{prompt}{critique}"}, Feedback(critique="end|>")),
+    ],
+)
+def test_feedback_cannot_complete_a_special_token_with_what_stands_beside_it(tokenizer, templates, feedback):
+    build, tokenize = builder(tokenizer, **templates)
+    question = [{"role": "user", "content": "Q <|im_"}]
+    special = set(tokenizer.all_special_ids)
+    (built,) = build.build([question], [feedback])
+    student = tokenize([question])[0]
+    assert [i for i in built.ids if i in special] == [i for i in student if i in special]
+    assert "Q <|im_" in tokenizer.decode(built.ids)
+
+
+def test_where_two_sections_do_not_fit_one_is_shown(tokenizer):
+    fitting = []
+    for limit in range(70, 330, 4):
+        build, _ = builder(tokenizer, max_length=limit)
+        (built,) = build.build([[QUESTION]], [Feedback("S" * 100, "C" * 100)])
+        if built is not None:
+            assert len(built.ids) <= limit
+            assert built.cut
+            text = tokenizer.decode(built.ids)
+            assert "SS" in text or "CC" in text, "a prompt without any feedback"
+            fitting.append(limit)
+    assert fitting[0] < 153, "room for one section is not wasted"
+    assert fitting == list(range(fitting[0], 330, 4)), "more room never shows less"
+
+
+def test_characters_that_a_cut_splits_leave_no_feedback_that_is_only_a_marker(tokenizer):
+    build, _ = builder(tokenizer, max_length=120)
+    build.tokenizer = lambda text, add_special_tokens=False: {"input_ids": list(text.encode())}
+    build.tokenizer.decode = lambda ids: bytes(ids).decode(errors="replace")
+    assert build._keep_ends(list("😀😀😀".encode()), 2) is None
+    assert build._keep_ends(list("a😀b".encode()), 2) == "a" + CUT_MARKER + "b"

@@ -202,22 +202,43 @@ class TeacherPromptBuilder:
 
     def render(self, prompt: Prompt, feedback: Feedback) -> Prompt:
         """The prompt with the feedback filled in, in the prompt's own form."""
-        solution = fill(self.solution_template, solution=feedback.solution) if feedback.solution else ""
-        critique = fill(self.critique_template, critique=feedback.critique) if feedback.critique else ""
+        solution = self._fill(self.solution_template, solution=feedback.solution) if feedback.solution else ""
+        critique = self._fill(self.critique_template, critique=feedback.critique) if feedback.critique else ""
         if isinstance(prompt, str):
             template = STRING_TEMPLATE if self.teacher_template is None else self.teacher_template
-            text = fill(template, prompt=prompt, solution=solution, critique=critique)
+            text = self._fill(template, prompt=prompt, solution=solution, critique=critique)
             return text.lstrip("\n") if self.teacher_template is None else text
 
         template = CONVERSATION_TEMPLATE if self.teacher_template is None else self.teacher_template
         turn = max(i for i, message in enumerate(prompt) if message["role"] == "user")
         content = prompt[turn]["content"]
-        text = fill(template, prompt=_text_of(content), solution=solution, critique=critique)
+        text = self._fill(template, prompt=_text_of(content), solution=solution, critique=critique)
         new_content = [{"type": "text", "text": text}] if isinstance(content, list) else text
         return [*prompt[:turn], {**prompt[turn], "content": new_content}, *prompt[turn + 1 :]]
 
+    def _fill(self, template: str, **values: str) -> str:
+        """`fill`, but feedback can't complete a special token with what stands beside it; the prompt never changes."""
+        text = fill(template, **values)
+        given = self._count_special(template) + sum(
+            self._count_special(value) * template.count(f"{{{name}}}") for name, value in values.items()
+        )
+        if self._count_special(text) > given:
+            text = fill(template, **{n: v if n == "prompt" else f" {v} " for n, v in values.items()})
+        return text
+
+    def _count_special(self, text: str) -> int:
+        return len(self._special.findall(text)) if self._special else 0
+
     def _cut_to_length(self, prompt: Prompt, feedback: Feedback) -> TeacherPrompt | None:
-        """The prompt with as much feedback as fits, or `None` if none does."""
+        """The prompt with as much feedback as fits, of both sections or else of one; `None` if none fits."""
+        candidates = [feedback]
+        if feedback.solution and feedback.critique:
+            candidates += [replace(feedback, critique=None), replace(feedback, solution=None)]
+        cuts = (self._longest_cut(prompt, candidate) for candidate in candidates)
+        return next((TeacherPrompt(ids, cut=True) for ids in cuts if ids is not None), None)
+
+    def _longest_cut(self, prompt: Prompt, feedback: Feedback) -> list[int] | None:
+        """Token ids of the prompt with the most tokens of this feedback that fit, by bisection."""
         sections = {
             name: self.tokenizer(text, add_special_tokens=False)["input_ids"]
             for name, text in (("solution", feedback.solution), ("critique", feedback.critique))
@@ -225,23 +246,30 @@ class TeacherPromptBuilder:
         }
         total = sum(map(len, sections.values()))
         best: list[int] | None = None
-        low, high = 1, total - 1  # most tokens of feedback that fit, by bisection
+        low, high = 1, total
         while low <= high:
             kept = (low + high) // 2
             cut = {name: self._keep_ends(ids, kept * len(ids) // total) for name, ids in sections.items()}
             # Decoding can bring back what `_clean` took apart
-            ids = self.tokenize([self.render(prompt, self.clean(replace(feedback, **cut)))])[0]
+            shown = self.clean(replace(feedback, **cut))
+            # A section whose share is rounded down to nothing: too few tokens for both
+            if any(getattr(shown, name) is None for name in sections):
+                low = kept + 1
+                continue
+            ids = self.tokenize([self.render(prompt, shown)])[0]
             if self.max_length is None or len(ids) <= self.max_length:
                 best, low = list(ids), kept + 1
             else:
                 high = kept - 1
-        return None if best is None else TeacherPrompt(best, cut=True)
+        return best
 
     def _keep_ends(self, ids: list[int], kept: int) -> str | None:
         """The text of the first and last `kept` tokens: errors tend to be named first, answers last."""
+        if kept >= len(ids):
+            return self.tokenizer.decode(ids)
         if kept <= 0:
             return None
-        head = self.tokenizer.decode(ids[: (kept + 1) // 2])
-        tail = self.tokenizer.decode(ids[len(ids) - kept // 2 :]) if kept > 1 else ""
         # A cut can split a character of several bytes
-        return head.rstrip("\ufffd") + CUT_MARKER + tail.lstrip("\ufffd")
+        head = self.tokenizer.decode(ids[: (kept + 1) // 2]).rstrip("\ufffd")
+        tail = self.tokenizer.decode(ids[len(ids) - kept // 2 :]).lstrip("\ufffd") if kept > 1 else ""
+        return head + CUT_MARKER + tail if (head + tail).strip() else None

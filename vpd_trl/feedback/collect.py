@@ -79,10 +79,16 @@ class FeedbackCollector:
             Exception: Whatever a function raises, with its name in a note.
         """
         results: list[Any] = []
-        for name, function, (accepted, _) in zip(self.names, self.functions, self._accepts, strict=True):
-            selected = kwargs if accepted is None else {key: kwargs[key] for key in accepted if key in kwargs}
-            with _named(name):
-                results.append(function(**selected))
+        try:
+            for name, function, (accepted, _) in zip(self.names, self.functions, self._accepts, strict=True):
+                selected = kwargs if accepted is None else {key: kwargs[key] for key in accepted if key in kwargs}
+                with _named(name):
+                    results.append(function(**selected))
+        except BaseException:
+            for result in results:  # what was begun will not be awaited any more
+                if inspect.iscoroutine(result):
+                    result.close()
+            raise
         waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
         if waiting:
             done = self._run([self._await(self.names[i], results[i]) for i in waiting])
