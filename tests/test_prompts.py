@@ -269,7 +269,7 @@ def test_feedback_cannot_complete_a_special_token_with_what_stands_beside_it(tok
 
 def test_where_two_sections_do_not_fit_one_is_shown(tokenizer):
     fitting = []
-    for limit in range(70, 330, 4):
+    for limit in range(70, 300, 4):
         build, _ = builder(tokenizer, max_length=limit)
         (built,) = build.build([[QUESTION]], [Feedback("S" * 100, "C" * 100)])
         if built is not None:
@@ -279,7 +279,7 @@ def test_where_two_sections_do_not_fit_one_is_shown(tokenizer):
             assert "SS" in text or "CC" in text, "a prompt without any feedback"
             fitting.append(limit)
     assert fitting[0] < 153, "room for one section is not wasted"
-    assert fitting == list(range(fitting[0], 330, 4)), "more room never shows less"
+    assert fitting == list(range(fitting[0], 300, 4)), "more room never shows less"
 
 
 def test_characters_that_a_cut_splits_leave_no_feedback_that_is_only_a_marker(tokenizer):

@@ -230,22 +230,26 @@ class TeacherPromptBuilder:
         return len(self._special.findall(text)) if self._special else 0
 
     def _cut_to_length(self, prompt: Prompt, feedback: Feedback) -> TeacherPrompt | None:
-        """The prompt with as much feedback as fits, of both sections or else of one; `None` if none fits."""
-        candidates = [feedback]
+        """The prompt with as much feedback as fits, of both sections or of one alone; `None` if none fits."""
+        best = self._longest_cut(prompt, feedback)
         if feedback.solution and feedback.critique:
-            candidates += [replace(feedback, critique=None), replace(feedback, solution=None)]
-        cuts = (self._longest_cut(prompt, candidate) for candidate in candidates)
-        return next((TeacherPrompt(ids, cut=True) for ids in cuts if ids is not None), None)
+            alone = [replace(feedback, critique=None), replace(feedback, solution=None)]
+            single = max((self._longest_cut(prompt, one) for one in alone), key=lambda cut: cut[0])
+            # The second section costs its header: not worth it where little is left to show
+            if best[0] < single[0] / 2:
+                best = single
+        kept, ids = best
+        return TeacherPrompt(ids, cut=True) if kept else None
 
-    def _longest_cut(self, prompt: Prompt, feedback: Feedback) -> list[int] | None:
-        """Token ids of the prompt with the most tokens of this feedback that fit, by bisection."""
+    def _longest_cut(self, prompt: Prompt, feedback: Feedback) -> tuple[int, list[int]]:
+        """How many tokens of this feedback fit at most, by bisection, and the token ids of the prompt with them."""
         sections = {
             name: self.tokenizer(text, add_special_tokens=False)["input_ids"]
             for name, text in (("solution", feedback.solution), ("critique", feedback.critique))
             if text
         }
         total = sum(map(len, sections.values()))
-        best: list[int] | None = None
+        best: tuple[int, list[int]] = (0, [])
         low, high = 1, total
         while low <= high:
             kept = (low + high) // 2
@@ -258,7 +262,7 @@ class TeacherPromptBuilder:
                 continue
             ids = self.tokenize([self.render(prompt, shown)])[0]
             if self.max_length is None or len(ids) <= self.max_length:
-                best, low = list(ids), kept + 1
+                best, low = (kept, list(ids)), kept + 1
             else:
                 high = kept - 1
         return best
