@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from tests import tiny
 
@@ -34,11 +35,29 @@ def fixed_rollouts(trainer):
     trainer._generate_single_turn = sample
 
 
+class AtStart(TrainerCallback):
+    """What a trainer holds when training begins, after a checkpoint has been loaded."""
+
+    def __init__(self):
+        self.trainer = self.found = None
+
+    def on_train_begin(self, *args, **kwargs):
+        self.found = progress(self.trainer) | {"rollouts_are_kept": self.trainer._buffered_inputs is not None}
+
+
+def progress(trainer):
+    return {"rollout_batches": trainer.rollout_batches, "shift": trainer.e_step.shift.value}
+
+
 def build(scenario, folder, rank, world):
     size = {1: 8, 2: 4}[world]
     changes = {"per_device_train_batch_size": size, "max_steps": 3, "e_step_frequency": 1, "optim": "sgd"}
     changes |= {"learning_rate": 0.5, "lr_scheduler_type": "constant", "shuffle_dataset": False}
-    if scenario == "no_feedback_on_one":
+    # No clipping: it would hide gradients of a wrong scale
+    changes |= {"max_grad_norm": 1e3}
+    if scenario == "every_other":
+        changes |= {"e_step_frequency": 2, "max_steps": 4}
+    elif scenario == "no_feedback_on_one":
         changes["feedback_fn"] = lambda prompts, **k: [None if rank else "text"] * len(prompts)
     elif scenario == "no_success_on_one":
         changes["reward_funcs"] = lambda prompts, **k: [float(rank == 0 and i % 2) for i in range(len(prompts))]
@@ -60,10 +79,21 @@ def build(scenario, folder, rank, world):
             return ["text"] * len(texts)
 
         changes |= {"feedback_fn": look, "num_generations": 8, "gradient_accumulation_steps": 1}
-    elif scenario == "copies":
-        changes |= {"teacher": "ema", "prior": "fixed"}
-    trainer = tiny.trainer(folder, **changes)
-    if scenario != "sampled":
+    elif scenario == "ema_teacher":
+        changes |= {"teacher": "ema"}
+    elif scenario == "fixed_prior":
+        changes |= {"prior": "fixed"}
+    elif scenario.startswith(("save", "resume")):
+        changes |= {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 1e-3, "shuffle_dataset": True}
+        changes |= {"teacher": "ema", "prior": "fixed", "e_step_frequency": 2}
+        if scenario.startswith("save"):
+            changes |= {"save_strategy": "steps", "save_steps": 3}
+        if scenario.endswith("within_a_rollout_batch"):
+            changes |= {"num_iterations": 2}
+    start = AtStart()
+    trainer = start.trainer = tiny.trainer(folder, callbacks=[start], **changes)
+    trainer.at_start = start
+    if not scenario.startswith(("sampled", "save", "resume")):
         fixed_rollouts(trainer)
     if scenario == "siblings":
         trainer.seen = seen
@@ -76,14 +106,16 @@ def main(scenario, folder):
     result = {"error": None}
     try:
         trainer = build(scenario, f"{folder}/run", rank, world)
-        trainer.train()
-        result |= {
+        trainer.train(resume_from_checkpoint=f"{folder}/run/checkpoint-3" if scenario.startswith("resume") else None)
+        result |= progress(trainer) | {
+            "at_start": trainer.at_start.found,
             "weights": tiny.weights(trainer),
             "log": [
                 {k: v for k, v in row.items() if isinstance(v, (int, float))} for row in trainer.state.log_history
             ],
             "seen": getattr(trainer, "seen", None),
-            "average": getattr(trainer.teacher, "average", None) and dict(trainer.teacher.average.weights),
+            "average": dict(trainer.teacher.average.weights) if trainer.args.teacher == "ema" else None,
+            "initial": dict(trainer.prior.initial.weights) if trainer.args.prior == "fixed" else None,
         }
     except Exception:
         result["error"] = traceback.format_exc()

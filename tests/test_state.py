@@ -74,3 +74,23 @@ def test_the_state_file_holds_tensors_and_plain_values_alone(tmp_path):
     state = torch.load(tmp_path / "checkpoint-3" / "vpd_state.pt", weights_only=True)
     assert state["rollout_batches"] == 3
     assert not list((tmp_path / "checkpoint-3").glob("*.tmp"))
+
+
+def test_rollouts_that_are_split_otherwise_are_refused_and_others_are_not(tmp_path):
+    changes = {"steps_per_generation": 4, "gradient_accumulation_steps": 1}
+    run(tmp_path, **changes)
+    for other in ({"per_device_train_batch_size": 8}, {"steps_per_generation": 2}):
+        with pytest.raises(ValueError, match=r"middle of a rollout batch.*'per_device_train_batch_size': 4"):
+            run(tmp_path, resume=str(tmp_path / "checkpoint-3"), **(changes | other))
+    folder = tmp_path / "aligned"
+    run(folder, max_steps=3)
+    trainer, _ = run(folder, resume=str(folder / "checkpoint-3"), max_steps=5, per_device_train_batch_size=8)
+    assert trainer.rollout_batches == 5
+
+
+def test_rollouts_that_an_earlier_run_left_in_the_folder_are_not_taken(tmp_path):
+    run(tmp_path, max_steps=3, steps_per_generation=4, gradient_accumulation_steps=1)
+    assert (tmp_path / "checkpoint-3" / "vpd_rollouts_0.pt").exists()
+    run(tmp_path, max_steps=3)
+    _, prompts = run(tmp_path, resume=str(tmp_path / "checkpoint-3"), max_steps=4)
+    assert len(prompts) == 1, "the fourth batch is sampled, not found"

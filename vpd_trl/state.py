@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 
 
 if TYPE_CHECKING:
@@ -43,6 +44,16 @@ def _write(value: Any, path: str) -> None:
     os.replace(path + ".tmp", path)
 
 
+def _geometry(trainer: VPDTrainer) -> dict[str, int]:
+    """What the rollouts of a batch are split over."""
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
+        "steps_per_generation": trainer.args.steps_per_generation,
+        "num_iterations": trainer.num_iterations,
+    }
+
+
 def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
     state: dict[str, Any] = {"method": trainer.args.method, "step": trainer._step, "epoch": trainer.state.epoch or 0.0}
     if trainer.parts.distills:
@@ -50,6 +61,8 @@ def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
             "teacher_kind": trainer.args.teacher,
             "prior_kind": trainer.args.prior,
             "rollout_batches": trainer.rollout_batches,
+            "geometry": _geometry(trainer),
+            "within_rollout_batch": trainer._step % trainer._generate_every != 0,
             "teacher": trainer.teacher.state_dict(),
             "prior": trainer.prior.state_dict(),
             "e_step": trainer.e_step.state_dict(),
@@ -62,7 +75,8 @@ def load(trainer: VPDTrainer, folder: str) -> None:
     Restore what `save` wrote.
 
     Raises:
-        ValueError: If the checkpoint is of another teacher or prior, whose state can't be used.
+        ValueError: If the checkpoint is of another teacher or prior, or holds rollouts that are split otherwise, so
+            that its state can't be used.
     """
     path = os.path.join(folder, STATE_FILE)
     if not trainer.parts.distills:
@@ -81,6 +95,13 @@ def load(trainer: VPDTrainer, folder: str) -> None:
                 f"{field}={getattr(trainer.args, field)!r}. Resume with the same value, or start from the "
                 "checkpoint's weights (model=...) instead of resuming."
             )
+    # From the file that all processes read, so that all decide alike
+    if state.get("within_rollout_batch", False) and state["geometry"] != _geometry(trainer):
+        raise ValueError(
+            f"{folder} was saved in the middle of a rollout batch that is split over {state['geometry']}, but this run "
+            f"has {_geometry(trainer)}. Resume with the same numbers, or from a checkpoint between rollout batches "
+            "(every steps_per_generation × num_iterations micro-batches)."
+        )
     trainer._step = state["step"]
     _advance_sampler(trainer, epochs=int(state["epoch"]))
     if "rollout_batches" not in state:  # saved with method="grpo"
@@ -91,12 +112,14 @@ def load(trainer: VPDTrainer, folder: str) -> None:
     trainer.prior.load_state_dict(state["prior"])
     trainer.e_step.load_state_dict(state["e_step"])
 
-    rollouts = os.path.join(folder, _rollouts_file(trainer))
-    if os.path.exists(rollouts):
-        saved = torch.load(rollouts, map_location=trainer.accelerator.device, weights_only=True)
-        trainer._buffered_inputs = saved["batches"]
+    # Not "if the file exists": a run that reuses the folder may have left one
+    if state["within_rollout_batch"]:
+        rollouts = os.path.join(folder, _rollouts_file(trainer))
+        # Not `map_location`: torch can't load to the "cpu:0" that accelerate names with several CPU processes
+        saved = torch.load(rollouts, map_location="cpu", weights_only=True)
+        trainer._buffered_inputs = send_to_device(saved["batches"], trainer.accelerator.device)
         trainer._collected_step = saved["collected_step"]
-        trainer._pending_e_step = saved["batches"] if saved["e_step_is_pending"] else None
+        trainer._pending_e_step = trainer._buffered_inputs if saved["e_step_is_pending"] else None
 
 
 def _advance_sampler(trainer: VPDTrainer, *, epochs: int) -> None:
