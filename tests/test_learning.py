@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from tests import tiny
+from vpd_trl.e_step import _Update
 
 
 KEYS = "abcdefghijklmnop"
@@ -60,9 +61,9 @@ def margin(trainer, batches):
     """Mean implicit reward of successes minus that of failures, the prior frozen as the E-step does it."""
     rewards = []
     for batch in batches:
-        prior = batch.setdefault("prior_of_the_test", trainer.e_step._logps(batch, teacher=False))
-        rewards.append(trainer.e_step._reward(batch, trainer.e_step._logps(batch, teacher=True), prior))
-    positive, negative = trainer.e_step._class_means(batches, rewards)
+        prior = batch.setdefault("prior_of_the_test", trainer.scorer.frozen_logps(batch))
+        rewards.append(trainer.e_step._reward(batch, trainer.scorer.frozen_logps(batch, teacher=True), prior))
+    positive, negative = trainer.e_step._class_means(_Update(batches, 0, 0, rewards=rewards))
     return positive - negative
 
 

@@ -354,17 +354,17 @@ def test_a_fixed_prior_is_the_adapter_that_was_passed_not_the_base_model(tmp_pat
     trainer = ready(tmp_path, tok=tokenizer, mdl=student, prior="fixed")
     batch = batch_of(trainer)
     with trainer.prior.context():
-        prior = trainer.e_step._logps(batch, teacher=False)
-    assert torch.equal(prior, trainer.scorer.student_logps(batch))
+        prior = trainer.scorer.frozen_logps(batch)
+    assert torch.equal(prior, trainer.scorer.frozen_logps(batch))
     with student.disable_adapter():
-        assert not torch.allclose(prior, trainer.scorer.student_logps(batch), atol=1e-3)
+        assert not torch.allclose(prior, trainer.scorer.frozen_logps(batch), atol=1e-3)
 
 
 def test_student_and_teacher_are_on_one_scale_at_any_temperature(tmp_path, tokenizer):
     trainer = ready(tmp_path, tok=tokenizer, temperature=0.5)
     batch = batch_of(trainer)
     batch |= {"teacher_prompt_ids": batch["prompt_ids"], "teacher_prompt_mask": batch["prompt_mask"]}
-    ratio = trainer.e_step._logps(batch, teacher=True) - trainer.e_step._logps(batch, teacher=False)
+    ratio = trainer.scorer.frozen_logps(batch, teacher=True) - trainer.scorer.frozen_logps(batch)
     assert not ratio.any()
     assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(0.0, abs=1e-6)
 

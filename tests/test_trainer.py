@@ -368,7 +368,7 @@ def test_dropout_leaves_every_modules_mode_as_it_was(tmp_path, tokenizer):
     trainer.model.model.layers[0].eval()
     modes = [m.training for m in trainer.model.modules()]
     batch = rollout_batch(trainer)
-    logps = [trainer.e_step._logps(batch, teacher=True) for _ in range(2)]
+    logps = [trainer.scorer.frozen_logps(batch, teacher=True) for _ in range(2)]
     assert torch.equal(*logps), "a teacher that drops out at random gives random targets"
     assert [m.training for m in trainer.model.modules()] == modes
     with pytest.raises(RuntimeError, match="inside"), trainer.teacher.target_context(), _scoring(trainer):
@@ -447,7 +447,7 @@ def test_our_log_probabilities_are_trls_whatever_the_architecture_does_to_logits
     trainer = tiny.trainer(tmp_path, tok=tokenizer, mdl=model, temperature=0.7, max_steps=1)
     trainer.train()
     batch = rollout_batch(trainer)
-    ours = trainer.scorer.student_logps(batch)
+    ours = trainer.scorer.frozen_logps(batch)
     with torch.no_grad():
         theirs, _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model,

@@ -122,10 +122,8 @@ def trainer(output_dir, *, tok=None, mdl=None, data=None, **changes: Any) -> VPD
 
 
 def weights(trainer_or_model: Any) -> dict[str, torch.Tensor]:
-    mdl = getattr(trainer_or_model, "model", trainer_or_model)
-    if not isinstance(mdl, torch.nn.Module) or hasattr(trainer_or_model, "named_parameters"):
-        mdl = trainer_or_model
-    return {name: p.detach().clone() for name, p in mdl.named_parameters()}
+    module = trainer_or_model if isinstance(trainer_or_model, torch.nn.Module) else trainer_or_model.model
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -15,6 +15,11 @@ def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
     return {key: v[rows] if isinstance(v, torch.Tensor) and v.ndim else v for key, v in batch.items()}
 
 
+def pieces_of(batch: Batch, size: int) -> list[Batch]:
+    """A batch in pieces of `size` rows, the last one smaller."""
+    return [rows_of(batch, slice(i, i + size)) for i in range(0, len(batch["completion_ids"]), size)]
+
+
 def loss_mask(batch: Batch) -> torch.Tensor:
     """(B, T): 1 on the tokens that the student sampled itself, 0 on padding and on what tools returned."""
     mask = batch["completion_mask"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import DistributedType
 
-from .batch import Batch, loss_mask, rows_of
+from .batch import Batch, loss_mask, pieces_of
 from .losses import bco_loss
 from .metrics import Means
-from .network import scoring_mode
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,26 @@ class RewardShift:
         batch = (positive_mean + negative_mean) / 2
         self.value = batch if self.value is None else self.momentum * self.value + (1 - self.momentum) * batch
         return self.value
+
+
+@dataclass
+class _Update:
+    """
+    The micro-batches of one optimizer update of the E-step, and what is known of them.
+
+    Attributes:
+        micro_batches: Those of this process.
+        positives: Eligible successes, over all processes.
+        negatives: Eligible failures, over all processes.
+        priors: The prior's log-probabilities (b, T) for each micro-batch, frozen.
+        rewards: The latest implicit rewards (b,) for each micro-batch.
+    """
+
+    micro_batches: list[Batch]
+    positives: int
+    negatives: int
+    priors: list[torch.Tensor] = field(default_factory=list)
+    rewards: list[torch.Tensor] = field(default_factory=list)
 
 
 class EStep:
@@ -69,31 +89,35 @@ class EStep:
         if self.args.e_step_batch_size is not None:
             processes = self.trainer.accelerator.num_processes
             per_update = self.args.e_step_batch_size // (self.args.per_device_train_batch_size * processes)
-        updates = [self._split(micro_batches[i : i + per_update]) for i in range(0, len(micro_batches), per_update)]
-        counts = [self._class_counts(update) for update in updates]
-        self.last_counts = (sum(n for n, _ in counts), sum(n for _, n in counts))
-        possible = [min(pair) >= self.args.e_step_min_per_class for pair in counts]
+        groups = [micro_batches[i : i + per_update] for i in range(0, len(micro_batches), per_update)]
+        updates = [self._prepare(group) for group in groups]
+        self.last_counts = (sum(u.positives for u in updates), sum(u.negatives for u in updates))
+        possible = [u for u in updates if min(u.positives, u.negatives) >= self.args.e_step_min_per_class]
 
-        if any(possible):
-            # Both frozen at the start: the prior for the whole E-step (appendix A.4), the teacher for the first shift
-            with self.trainer.prior.context():
-                priors = [[self._logps(mb, teacher=False) for mb in update] for update in updates]
-            with self.trainer.teacher.training_context():
-                rewards = [
-                    [self._reward(mb, self._logps(mb, teacher=True), prior) for mb, prior in zip(*pair, strict=True)]
-                    for pair in zip(updates, priors, strict=True)
-                ]
-            for _ in range(self.args.e_step_epochs):
-                for i, update in enumerate(updates):
-                    if possible[i]:
-                        rewards[i] = self._update(update, priors[i], rewards[i], counts[i])
+        # Both frozen at the start: the prior for the whole E-step (appendix A.4), the teacher for the first shift
+        logps = self.trainer.scorer.frozen_logps
+        with self.trainer.prior.context():
+            for u in possible:
+                u.priors = [logps(batch) for batch in u.micro_batches]
+        with self.trainer.teacher.training_context():
+            for u in possible:
+                pairs = zip(u.micro_batches, u.priors, strict=True)
+                u.rewards = [self._reward(batch, logps(batch, teacher=True), prior) for batch, prior in pairs]
+        for _ in range(self.args.e_step_epochs):
+            for u in possible:
+                self._update(u)
 
         record = self.trainer._record
         record("e_step/positives", self.last_counts[0])
         record("e_step/negatives", self.last_counts[1])
-        record("e_step/skipped", possible.count(False) / len(possible))
+        record("e_step/skipped", (len(updates) - len(possible)) / len(updates))
         record("time/e_step", time.perf_counter() - start)
-        return any(possible)
+        return bool(possible)
+
+    def _prepare(self, micro_batches: list[Batch]) -> _Update:
+        """An update on these micro-batches, with its class counts."""
+        pieces = self._split(micro_batches)
+        return _Update(pieces, *self._class_counts(pieces))
 
     def _split(self, micro_batches: list[Batch]) -> list[Batch]:
         """
@@ -108,48 +132,39 @@ class EStep:
         ratios = [width(batch, "teacher_prompt_ids") / width(batch, "prompt_ids") for batch in micro_batches]
         ratio = torch.tensor(max(ratios), device=self.trainer.accelerator.device)
         ratio = self.trainer.accelerator.gather(ratio).max().item()
-        pieces = []
-        for batch in micro_batches:
-            rows = batch["completion_ids"].size(0)
-            size = max(1, int(rows / max(ratio, 1.0)))
-            pieces += [rows_of(batch, slice(i, i + size)) for i in range(0, rows, size)]
-        return pieces
+        sizes = [max(1, int(len(batch["completion_ids"]) / max(ratio, 1.0))) for batch in micro_batches]
+        return [piece for batch, size in zip(micro_batches, sizes, strict=True) for piece in pieces_of(batch, size)]
 
-    def _update(
-        self, micro_batches: list[Batch], priors: list[torch.Tensor], rewards: list[torch.Tensor], counts: tuple
-    ) -> list[torch.Tensor]:
-        """One optimizer update on the micro-batches; returns the implicit rewards of the forward pass."""
+    def _update(self, update: _Update) -> None:
+        """One optimizer update; leaves the implicit rewards of its forward pass in it."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        positive, negative = self._class_means(micro_batches, rewards)
-        shift = self.shift.update(positive, negative)
+        shift = self.shift.update(*self._class_means(update))
 
         loss_sum = torch.zeros((), device=accelerator.device)
-        new_rewards = []
         with self._own_accumulation(), self._learning_rate(), trainer.teacher.training_context():
-            for i, (batch, prior) in enumerate(zip(micro_batches, priors, strict=True)):
-                with self._gradient_sync(last=i == len(micro_batches) - 1):
+            for i, (batch, prior) in enumerate(zip(update.micro_batches, update.priors, strict=True)):
+                with self._gradient_sync(last=i == len(update.micro_batches) - 1):
                     logps = trainer.scorer.sampled_logps(trainer.model_wrapped, batch, teacher=True)
                     log_ratio = trainer.scorer.reduce(logps, prior, loss_mask(batch))
                     success = batch["outcome"] == 1
                     losses = bco_loss(log_ratio, success, temperature=self.args.bco_temperature, shift=shift)
                     # Each class has weight 1, whatever its size. Gradients are averaged over processes
-                    weight = torch.where(success, 1 / counts[0], 1 / counts[1]) * self._eligible(batch)
+                    weight = torch.where(success, 1 / update.positives, 1 / update.negatives) * self._eligible(batch)
                     loss = (losses * weight).sum()
                     accelerator.backward(loss * accelerator.num_processes)
                 loss_sum += loss.detach()
-                new_rewards.append(self.args.bco_temperature * log_ratio.detach())
+                update.rewards[i] = self.args.bco_temperature * log_ratio.detach()
             # Without a limit the norm is measured all the same
             limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else float("inf")
             grad_norm = accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), limit)
             trainer.optimizer.step()
             trainer.model_wrapped.zero_grad()
 
-        positive, negative = self._class_means(micro_batches, new_rewards)
+        positive, negative = self._class_means(update)
         trainer._record("e_step/loss", accelerator.reduce(loss_sum, reduction="sum").item())
         trainer._record("e_step/reward_margin", positive - negative)
         trainer._record("e_step/reward_shift", shift)
         trainer._record("e_step/grad_norm", float(grad_norm) if grad_norm is not None else float("nan"))
-        return new_rewards
 
     def _eligible(self, batch: Batch) -> torch.Tensor:
         """Which rollouts (b,) take part."""
@@ -162,10 +177,10 @@ class EStep:
         positives, negatives = self.trainer.accelerator.reduce(counts, reduction="sum").tolist()
         return positives, negatives
 
-    def _class_means(self, micro_batches: list[Batch], rewards: list[torch.Tensor]) -> tuple[float, float]:
+    def _class_means(self, update: _Update) -> tuple[float, float]:
         """Mean implicit rewards of successes and of failures, over all processes."""
         means = Means()
-        for batch, reward in zip(micro_batches, rewards, strict=True):
+        for batch, reward in zip(update.micro_batches, update.rewards, strict=True):
             eligible = self._eligible(batch)
             means.add("positive", reward, eligible & (batch["outcome"] == 1))
             means.add("negative", reward, eligible & (batch["outcome"] == 0))
@@ -176,11 +191,6 @@ class EStep:
         """Implicit rewards ρ (b,). Eq. 7."""
         log_ratio = self.trainer.scorer.reduce(teacher_logps, prior_logps, loss_mask(batch))
         return self.args.bco_temperature * log_ratio
-
-    def _logps(self, batch: Batch, *, teacher: bool) -> torch.Tensor:
-        """Log-probabilities (b, T) of the sampled tokens under the teacher or the prior, without gradient."""
-        with scoring_mode(self.trainer.model):
-            return self.trainer.scorer.sampled_logps(self.trainer.model, batch, teacher=teacher)
 
     @contextmanager
     def _own_accumulation(self) -> Iterator[None]:

@@ -69,11 +69,6 @@ def strip_thinking(text: str, *, opened: bool = False) -> str:
     return text.partition(_THINK_OPEN)[0].strip()
 
 
-def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages rather than a string."""
-    return isinstance(prompt, (list, tuple))
-
-
 def check_prompt(prompt: Any) -> None:
     """
     Check that the teacher's prompt can be made from this one.
@@ -84,7 +79,7 @@ def check_prompt(prompt: Any) -> None:
     """
     if isinstance(prompt, str):
         return
-    if not is_conversation(prompt):
+    if not isinstance(prompt, (list, tuple)):
         raise TypeError(f"A prompt must be a string or a list of messages; got {type(prompt).__name__}.")
     roles = [message.get("role") for message in prompt]
     if "user" not in roles:

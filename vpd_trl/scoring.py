@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.models.utils import _ForwardRedirection
 
-from .batch import Batch, loss_mask, rows_of
+from .batch import Batch, loss_mask, pieces_of
 from .losses import Head, TokenDivergence, fused_divergence, sequence_log_ratio, topk_divergence
 from .network import completion_hidden_states, head_of, scoring_mode
 
@@ -52,13 +52,12 @@ class Scorer:
         unwrapped = self.trainer.accelerator.unwrap_model(model)
         return _on_mask(self._redirect(model, unwrapped, score, unwrapped), mask)
 
-    def student_logps(self, batch: Batch) -> torch.Tensor:
-        """`sampled_logps` of the student, without gradient, in micro-batches."""
-        size, total = self.args.per_device_train_batch_size, batch["completion_ids"].size(0)
+    def frozen_logps(self, batch: Batch, *, teacher: bool = False) -> torch.Tensor:
+        """`sampled_logps` without gradient or dropout, at most `per_device_train_batch_size` rows at a time."""
         model = self.trainer.model
         with scoring_mode(model):
-            parts = [rows_of(batch, slice(i, i + size)) for i in range(0, total, size)]
-            return torch.cat([self.sampled_logps(model, part, teacher=False) for part in parts])
+            pieces = pieces_of(batch, self.args.per_device_train_batch_size)
+            return torch.cat([self.sampled_logps(model, piece, teacher=teacher) for piece in pieces])
 
     def divergence(
         self, model: Any, batch: Batch, mask: torch.Tensor

@@ -31,7 +31,6 @@ def save(trainer: VPDTrainer, folder: str) -> None:
     if trainer.parts.distills and trainer._step % trainer._generate_every:
         # In the middle of a rollout batch: the same rollouts must be trained on after resuming
         rollouts = {
-            "collected_step": trainer._collected_step,
             "batches": trainer._buffered_inputs,
             "e_step_is_pending": trainer._pending_e_step is not None,
         }
@@ -55,7 +54,7 @@ def _geometry(trainer: VPDTrainer) -> dict[str, int]:
 
 
 def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
-    state: dict[str, Any] = {"method": trainer.args.method, "step": trainer._step, "epoch": trainer.state.epoch or 0.0}
+    state: dict[str, Any] = {"step": trainer._step, "epoch": trainer.state.epoch or 0.0}
     if trainer.parts.distills:
         state |= {
             "teacher_kind": trainer.args.teacher,
@@ -118,7 +117,6 @@ def load(trainer: VPDTrainer, folder: str) -> None:
         # Not `map_location`: torch can't load to the "cpu:0" that accelerate names with several CPU processes
         saved = torch.load(rollouts, map_location="cpu", weights_only=True)
         trainer._buffered_inputs = send_to_device(saved["batches"], trainer.accelerator.device)
-        trainer._collected_step = saved["collected_step"]
         trainer._pending_e_step = trainer._buffered_inputs if saved["e_step_is_pending"] else None
 
 

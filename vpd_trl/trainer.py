@@ -280,7 +280,7 @@ class VPDTrainer(GRPOTrainer):
         batch.update(self._teacher_inputs([row["prompt"] for row in inputs], feedback, batch))
         batch["outcome"] = outcome
         if self.args.m_step_importance_clip is not None and "old_per_token_logps" not in batch:
-            batch["old_per_token_logps"] = self.scorer.student_logps(batch)
+            batch["old_per_token_logps"] = self.scorer.frozen_logps(batch)
         return batch
 
     def _calculate_rewards(
@@ -314,8 +314,8 @@ class VPDTrainer(GRPOTrainer):
         has_feedback = torch.tensor([prompt is not None for prompt in built], device=device)
         tokens = loss_mask(batch).sum(-1)  # (N,)
         counted = tokens if self.args.m_step_normalization == "all" else tokens * has_feedback
-        cut = [f and (p is None or p.cut) for f, p in zip(feedback, built, strict=True)]
-        self._log_feedback(has_feedback, torch.tensor([bool(c) for c in cut], device=device))
+        cut = [bool(f) and (p is None or p.cut) for f, p in zip(feedback, built, strict=True)]
+        self._log_feedback(has_feedback, torch.tensor(cut, device=device))
         return {
             "teacher_prompt_ids": pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
             "teacher_prompt_mask": pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left"),

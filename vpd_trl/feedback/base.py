@@ -29,7 +29,7 @@ class Feedback:
                 raise TypeError(f"Feedback.{name} must be a string or None; got {type(value).__name__}.")
 
     def __bool__(self) -> bool:
-        return any(text is not None and not text.isspace() and text != "" for text in (self.solution, self.critique))
+        return any(text and text.strip() for text in (self.solution, self.critique))
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,6 @@ def merge(entries: Sequence[Feedback]) -> Feedback:
     """One feedback out of several: in each section the first that is not blank."""
 
     def first(texts: list[str | None]) -> str | None:
-        return next((text for text in texts if text is not None and text.strip()), None)
+        return next((text for text in texts if text and text.strip()), None)
 
     return Feedback(solution=first([e.solution for e in entries]), critique=first([e.critique for e in entries]))
