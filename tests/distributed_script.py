@@ -81,6 +81,8 @@ def build(scenario, folder, rank, world):
         changes |= {"feedback_fn": look, "num_generations": 8, "gradient_accumulation_steps": 1}
     elif scenario == "ema_teacher":
         changes |= {"teacher": "ema"}
+    elif scenario in ("joint_loss", "advantage_reshaping"):
+        changes |= {"method": scenario, "loss_type": "dapo"}
     elif scenario == "fixed_prior":
         changes |= {"prior": "fixed"}
     elif scenario.startswith(("save", "resume")):

@@ -70,6 +70,21 @@ def test_two_processes_stay_one_model_and_equal_one_process(tmp_path, scenario, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["joint_loss", "advantage_reshaping"])
+def test_two_processes_train_a_hybrid_as_one_does(tmp_path, scenario):
+    first, second = launch(scenario, tmp_path)
+    assert tiny.same(first["weights"], second["weights"]), "the ranks were trained apart"
+    (alone,) = launch(scenario, tmp_path, processes=1)
+    assert not tiny.same(tiny.weights(tiny.model(tiny.tokenizer())), alone["weights"])
+    for name, weight in alone["weights"].items():
+        assert torch.allclose(weight, first["weights"][name], atol=2e-6, rtol=1e-4), name
+    two, one = ([r for r in log if "reward" in r] for log in (first["log"], alone["log"]))
+    for a, b in zip(two, one, strict=True):
+        for name in ("loss", "grad_norm", "teacher/log_ratio_margin"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["no_feedback_on_one", "no_success_on_one", "no_success", "sampled"])
 def test_ranks_stay_one_model_and_do_not_hang(tmp_path, scenario):
     first, second = launch(scenario, tmp_path)

@@ -10,6 +10,8 @@ RUNS = [
     {},
     {"method": "sdpo"},
     {"method": "grpo", "feedback_fn": None},
+    {"method": "joint_loss"},
+    {"method": "advantage_reweighting", "advantage_mix_decay": "constant", "teacher": "ema"},
     {"teacher": "ema"},
     {"prior": "fixed", "e_step_frequency": 1},
     {"num_iterations": 2, "steps_per_generation": 2},
@@ -43,7 +45,7 @@ def test_three_and_three_steps_are_six_steps_to_the_bit(tmp_path, changes):
     if changes.get("method") != "grpo" or "steps_per_generation" not in changes:
         assert first_prompts + rest_prompts == whole_prompts
     assert tiny.same(tiny.weights(whole), tiny.weights(parts))
-    if whole.parts.distills:
+    if whole.parts.uses_feedback:
         assert whole.rollout_batches == parts.rollout_batches
         assert whole.e_step.shift.value == parts.e_step.shift.value
     if changes.get("teacher") == "ema":

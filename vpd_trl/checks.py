@@ -51,12 +51,12 @@ def check_rewards(args: VPDConfig, reward_funcs: Any) -> Any:
     """
     if reward_funcs is not None and reward_funcs != []:
         return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs
-    if args.parts.refines_teacher:
+    if args.parts.refines_teacher or (args.parts.uses_feedback and args.parts.policy_gradient):
         raise ValueError(
-            f"method={args.method!r} trains its teacher on successes and failures, so it needs at least one reward "
-            "function. To distil from feedback without rewards, use method='sdpo'."
+            f"method={args.method!r} learns from successes and failures, so it needs at least one reward function. To "
+            "distil from feedback without rewards, use method='sdpo'."
         )
-    return [no_reward] if args.parts.distills else reward_funcs
+    return [no_reward] if args.parts.uses_feedback else reward_funcs
 
 
 def check_arguments(
@@ -76,7 +76,7 @@ def check_arguments(
         TypeError: If prompts have a wrong type.
     """
     _check_dataset_size(args, dataset)
-    if not args.parts.distills:
+    if not args.parts.uses_feedback:
         if feedback is not None:
             logger.warning(f"method={args.method!r} makes no use of feedback_fn {feedback.names}.")
         return
@@ -129,7 +129,7 @@ def _check_columns(args: VPDConfig, columns: Sequence[str], feedback: FeedbackCo
 
 def check_model(trainer: VPDTrainer) -> None:
     """
-    Check the model against a method that distils.
+    Check the model against a method that uses feedback.
 
     Raises:
         ValueError: If it is not supported.
@@ -155,7 +155,7 @@ def check_model(trainer: VPDTrainer) -> None:
             f"distillation_top_k ({args.distillation_top_k}) is above the size of the vocabulary ({vocabulary}); "
             "use None for the full vocabulary."
         )
-    if trainer.aux_loss_enabled:
+    if trainer.aux_loss_enabled and not args.parts.policy_gradient:
         logger.warning(
             f"method={args.method!r} does not add the load-balancing loss of this mixture-of-experts model "
             "(router_aux_loss_coef) to its steps."

@@ -47,7 +47,8 @@ class VPDConfig(GRPOConfig):
     Parameters:
         method (`str`, *optional*, defaults to `"vpd"`):
             `"vpd"` trains the teacher (E-step) and distils it into the student (M-step); `"sdpo"` distils from a
-            teacher that is never trained; `"grpo"` is TRL's GRPO, untouched.
+            teacher that is never trained; `"grpo"` is TRL's GRPO, untouched. `"joint_loss"`, `"advantage_reshaping"`
+            and `"advantage_reweighting"` combine the last two in one step (appendix B.3).
         success_threshold (`float`, *optional*, defaults to `1.0`):
             A rollout is a success when its reward (the weighted sum over the reward functions) is at least this.
 
@@ -115,10 +116,24 @@ class VPDConfig(GRPOConfig):
         m_step_importance_clip (`float` or `None`, *optional*):
             Weigh each token by the ratio of the student's probability to that at sampling time, cut at this value
             (SDPO's code: 2.0). `None`: no weights, as in the paper.
+
+        > Hybrids
+
+        joint_rl_weight (`float`, *optional*, defaults to `0.5`):
+            λ_rl of `"joint_loss"`, λ_rl · GRPO's loss + λ_kl · M-step (eq. B.23). At 0 it is SDPO.
+        joint_kl_weight (`float`, *optional*, defaults to `0.5`):
+            λ_kl of `"joint_loss"`. At 0 it is GRPO.
+        advantage_mix (`float`, *optional*, defaults to `0.5`):
+            λ in [0, 1] of the advantage methods (eqs. B.24 and B.28), at the start of training. At 0 they are GRPO.
+        advantage_mix_decay (`str` or `None`, *optional*):
+            `"constant"`, or `"linear"` to 0 at the end of training. `None`: the paper's, which is `"linear"` for
+            `"advantage_reweighting"` and `"constant"` for `"advantage_reshaping"`.
+        advantage_weight_clip (`float`, *optional*, defaults to `0.2`):
+            ε_w in (0, 1]: `"advantage_reweighting"` keeps its weights within 1 ± ε_w.
     """
 
     # fmt: off
-    method: str = field(default="vpd", metadata={"help": "Training method: 'vpd', 'sdpo' or 'grpo'."})
+    method: str = field(default="vpd", metadata={"help": "Training method: 'vpd', 'sdpo', 'grpo', 'joint_loss', 'advantage_reshaping' or 'advantage_reweighting'."})
     success_threshold: float = field(default=1.0, metadata={"help": "A rollout is a success when its reward is at least this (reward units)."})
 
     # Teacher context
@@ -148,10 +163,19 @@ class VPDConfig(GRPOConfig):
     distillation_add_tail: bool = field(default=True, metadata={"help": "With distillation_top_k, add one event that holds all other tokens."})
     m_step_normalization: str = field(default="all", metadata={"help": "Denominator of the M-step: completion tokens of 'all' rollouts, or of those 'with_feedback'."})
     m_step_importance_clip: float | None = field(default=None, metadata={"help": "Upper bound of the importance ratio that weighs the M-step's tokens. None: no ratio, as in the paper. SDPO's code: 2.0."})
+
+    # Hybrids
+    joint_rl_weight: float = field(default=0.5, metadata={"help": "Weight of GRPO's loss in 'joint_loss', at least 0."})
+    joint_kl_weight: float = field(default=0.5, metadata={"help": "Weight of the M-step's divergence in 'joint_loss', at least 0."})
+    advantage_mix: float = field(default=0.5, metadata={"help": "Mixing coefficient in [0, 1] of the advantage methods at the start of training; 0 is GRPO."})
+    advantage_mix_decay: str | None = field(default=None, metadata={"help": "'constant', or 'linear' to 0 over training. None: 'linear' for 'advantage_reweighting', else 'constant'."})
+    advantage_weight_clip: float = field(default=0.2, metadata={"help": "'advantage_reweighting' keeps its weights within 1 plus or minus this, in (0, 1]."})
     # fmt: on
 
     def __post_init__(self) -> None:
         self._check_new_fields()
+        if self.advantage_mix_decay is None:
+            self.advantage_mix_decay = "linear" if self.method == "advantage_reweighting" else "constant"
         try:
             super().__post_init__()
         except ValueError as error:
@@ -183,6 +207,7 @@ class VPDConfig(GRPOConfig):
             ("divergence", DIVERGENCES),
             ("log_ratio_reduction", ("sum", "mean")),
             ("m_step_normalization", ("all", "with_feedback")),
+            ("advantage_mix_decay", (None, "constant", "linear")),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -213,6 +238,14 @@ class VPDConfig(GRPOConfig):
         )
         self._check_number("e_step_learning_rate", "a number above 0", lambda x: 0 < x < float("inf"), optional=True)
         self._check_number("m_step_importance_clip", "a number above 0", lambda x: x > 0, optional=True)
+        for name in ("joint_rl_weight", "joint_kl_weight"):
+            self._check_number(name, "a finite number of at least 0", lambda x: 0 <= x < float("inf"))
+        if self.joint_rl_weight == self.joint_kl_weight == 0:
+            raise ValueError(
+                "joint_rl_weight and joint_kl_weight are both 0, so there would be no loss; one must not be."
+            )
+        self._check_number("advantage_mix", "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_number("advantage_weight_clip", "a number in (0, 1]", lambda x: 0 < x <= 1)
 
         if self.teacher_template is not None:
             check_template(
@@ -258,7 +291,7 @@ class VPDConfig(GRPOConfig):
                     "Sample from the full distribution, or set vllm_importance_sampling_correction=False.",
                     stacklevel=4,
                 )
-        if not self.parts.distills:
+        if self.parts.policy_gradient:
             return
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
         changed = [name for name in _GRPO_LOSS_FIELDS if getattr(self, name) != defaults[name]]

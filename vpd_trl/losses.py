@@ -199,3 +199,27 @@ def importance_ratio(logps: torch.Tensor, old_logps: torch.Tensor, *, clip: floa
     Corrects the M-step for rollouts that an older student sampled. The paper found no need for it (section 3.4).
     """
     return (logps.detach() - old_logps.detach()).clamp(-20.0, 20.0).exp().clamp(max=clip)
+
+
+def reshaped_advantages(advantages: torch.Tensor, log_ratio: torch.Tensor, *, mix: float) -> torch.Tensor:
+    """
+    Per-token advantages (1 − λ) · A + λ · Δ, (B, T). Eq. B.24.
+
+    `advantages` A (B,) are GRPO's, one per rollout; `log_ratio` Δ (B, T) is log q − log π of each token, nats; λ =
+    `mix` in [0, 1].
+    """
+    return (1 - mix) * advantages.unsqueeze(-1) + mix * log_ratio
+
+
+def reweighted_advantages(
+    advantages: torch.Tensor, log_ratio: torch.Tensor, *, mix: float, clip: float
+) -> torch.Tensor:
+    """
+    Per-token advantages A · [(1 − λ) + λ · clip(exp(sign(A) · Δ), 1 − ε, 1 + ε)], (B, T). Eqs. B.27 and B.28.
+
+    A success gives more credit to tokens that the teacher favours, a failure more blame to those that it disfavours;
+    the sign stays the verifier's. `advantages` A (B,), `log_ratio` Δ (B, T), nats; λ = `mix` in [0, 1], ε = `clip`.
+    """
+    advantages = advantages.unsqueeze(-1)
+    weight = (advantages.sign() * log_ratio).exp().clamp(1 - clip, 1 + clip)
+    return advantages * ((1 - mix) + mix * weight)

@@ -28,7 +28,7 @@ def save(trainer: VPDTrainer, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     if trainer.args.should_save:
         _write(_state_dict(trainer), os.path.join(folder, STATE_FILE))
-    if trainer.parts.distills and trainer._step % trainer._generate_every:
+    if trainer.parts.uses_feedback and trainer._step % trainer._generate_every:
         # In the middle of a rollout batch: the same rollouts must be trained on after resuming
         rollouts = {
             "batches": trainer._buffered_inputs,
@@ -55,7 +55,7 @@ def _geometry(trainer: VPDTrainer) -> dict[str, int]:
 
 def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
     state: dict[str, Any] = {"step": trainer._step, "epoch": trainer.state.epoch or 0.0}
-    if trainer.parts.distills:
+    if trainer.parts.uses_feedback:
         state |= {
             "teacher_kind": trainer.args.teacher,
             "prior_kind": trainer.args.prior,
@@ -78,7 +78,7 @@ def load(trainer: VPDTrainer, folder: str) -> None:
             that its state can't be used.
     """
     path = os.path.join(folder, STATE_FILE)
-    if not trainer.parts.distills:
+    if not trainer.parts.uses_feedback:
         return
     if not os.path.exists(path):
         logger.warning(

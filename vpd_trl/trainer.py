@@ -18,13 +18,14 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, pad
 
 from . import checks, state
+from .advantages import AdvantageShaper
 from .annotate import Annotation, Annotator
-from .batch import Batch, loss_mask, rows_of
+from .batch import Batch, loss_mask
 from .config import VPDConfig
 from .e_step import EStep
 from .feedback import Feedback, FeedbackFn
 from .feedback.collect import FeedbackCollector
-from .losses import importance_ratio
+from .m_step import MStep
 from .metrics import Means
 from .processes import stop_together
 from .prompts import TeacherPromptBuilder, check_prompt
@@ -172,7 +173,7 @@ class VPDTrainer(GRPOTrainer):
         )
         self.args: VPDConfig
         self._init_state()
-        if self.parts.distills:
+        if self.parts.uses_feedback:
             self._init_distillation()
 
     def _init_state(self) -> None:
@@ -186,7 +187,6 @@ class VPDTrainer(GRPOTrainer):
         self._train_sampler: Any = None
         self._rollout_start = 0.0
         self._m_step_time = 0.0
-        self._means = Means()
         self._watch = Watch(logger)
 
     def _init_distillation(self) -> None:
@@ -197,6 +197,11 @@ class VPDTrainer(GRPOTrainer):
         checks.check_copies(self)
         self.scorer = Scorer(self)
         self.e_step = EStep(self)
+        self.m_step = MStep(self)
+        self.shape_advantages = AdvantageShaper(self)
+        joint = args.method == "joint_loss"
+        self._rl_weight = args.joint_rl_weight if joint else float(self.parts.policy_gradient)
+        self._kl_weight = args.joint_kl_weight if joint else float(self.parts.distills)
         assert self.feedback is not None
         self.annotator = Annotator(self, self.feedback)
         self.prompt_builder = TeacherPromptBuilder(
@@ -234,7 +239,9 @@ class VPDTrainer(GRPOTrainer):
         if finished > self._finished_rollout_batches:
             self._finished_rollout_batches = finished
             self.teacher.after_rollout_batch()
-        self._log_m_step()
+        self._record("time/m_step", self._m_step_time)
+        self._m_step_time = 0.0
+        self.m_step.log()
 
     @property
     def _generate_every(self) -> int:
@@ -251,7 +258,7 @@ class VPDTrainer(GRPOTrainer):
             self._watch.e_step(ran=ran, successes=successes, failures=failures)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        if not (self.parts.distills and self.model.training):
+        if not (self.parts.uses_feedback and self.model.training):
             return super()._prepare_inputs(generation_batch)
         if self._collected_step != self._step:
             before = self._buffered_inputs
@@ -267,7 +274,7 @@ class VPDTrainer(GRPOTrainer):
     # ---- Rollout and feedback
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        if not (self.parts.distills and self.model.training):
+        if not (self.parts.uses_feedback and self.model.training):
             return super()._generate_and_score_completions(inputs)
         with stop_together(self.accelerator):
             for row in inputs:
@@ -279,21 +286,23 @@ class VPDTrainer(GRPOTrainer):
         self._annotation = None
         batch.update(self._teacher_inputs([row["prompt"] for row in inputs], feedback, batch))
         batch["outcome"] = outcome
-        if self.args.m_step_importance_clip is not None and "old_per_token_logps" not in batch:
+        if self._kl_weight and self.args.m_step_importance_clip is not None and "old_per_token_logps" not in batch:
             batch["old_per_token_logps"] = self.scorer.frozen_logps(batch)
+        if self.parts.shapes_advantages:
+            batch["advantages"] = self.shape_advantages(batch)
         return batch
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
         training = self.model.training
-        if self.parts.distills and training:
+        if self.parts.uses_feedback and training:
             self._record("time/generate", time.perf_counter() - self._rollout_start)
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.parts.distills and not training:
+        if self.parts.uses_feedback and not training:
             # Evaluation asks for no feedback, but the completions table needs its columns to be equally long
             self._log_completion_extra("feedback", [None] * len(prompts))
-        elif self.parts.distills:
+        elif self.parts.uses_feedback:
             start = time.perf_counter()
             self._annotation = self.annotator(inputs, prompts, completions, completion_ids_list, rewards_per_func)
             self._record("time/feedback", time.perf_counter() - start)
@@ -341,45 +350,19 @@ class VPDTrainer(GRPOTrainer):
         return loss
 
     def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
-        if not (self.parts.distills and self.model.training):
+        if not (self.parts.uses_feedback and self.model.training):
             return super()._compute_loss(model, inputs)
-        rows = inputs["has_feedback"].nonzero().squeeze(-1)
-        if not len(rows):  # take part with a row that counts for nothing: other processes wait for the gradients
-            rows = torch.zeros(1, dtype=torch.long, device=rows.device)
-        batch = rows_of(inputs, rows)
-        mask = loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
-
-        per_token, log_ratio, student_logps = self.scorer.divergence(model, batch, mask)
-        weighted = per_token.divergence
-        if self.args.m_step_importance_clip is not None:
-            old_logps = batch["old_per_token_logps"][mask]
-            weighted = weighted * importance_ratio(student_logps, old_logps, clip=self.args.m_step_importance_clip)
-
-        self._means.add("m_step/divergence", per_token.divergence.detach())
-        self._means.add("entropy", per_token.entropy)
-        for name, outcome in (("successes", 1), ("failures", 0)):
-            self._means.add(name, log_ratio, (batch["outcome"] == outcome) & mask.any(-1))
-
-        # The denominator is of the whole rollout batch on all processes; each micro-batch is one of
-        # `steps_per_generation` on each of them, and their gradients are averaged over processes and added up
-        window = self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        denominator = inputs["m_step_denominator"].clamp(min=1.0) * window / self.accelerator.num_processes
-        return weighted.sum() / denominator
+        terms = []
+        if self._rl_weight:
+            terms.append(self._rl_weight * super()._compute_loss(model, inputs))
+        if self._kl_weight:
+            terms.append(self._kl_weight * self.m_step.loss(model, inputs))
+        return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
     # ---- Metrics
 
     def _record(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)
-
-    def _log_m_step(self) -> None:
-        self._record("time/m_step", self._m_step_time)
-        self._m_step_time = 0.0
-        means = self._means.reduce(self.accelerator)
-        successes, failures = means.pop("successes"), means.pop("failures")
-        self._record("m_step/tokens", means["m_step/divergence"][1])
-        self._record("teacher/log_ratio_margin", successes[0] - failures[0])
-        for name, (value, _) in means.items():
-            self._record(name, value)
 
     # ---- State
 

@@ -1,0 +1,72 @@
+"""The M-step: move the student to the teacher on the student's own rollouts (section 3.3 of the paper)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .batch import Batch, loss_mask, rows_of
+from .losses import importance_ratio
+from .metrics import Means
+
+
+if TYPE_CHECKING:
+    from .trainer import VPDTrainer
+
+
+class MStep:
+    """
+    The student's divergence to the teacher as a loss. Eq. 10.
+
+    Args:
+        trainer: The trainer, with its scorer.
+    """
+
+    def __init__(self, trainer: VPDTrainer) -> None:
+        self.trainer = trainer
+        self.args = trainer.args
+        self._means = Means()
+
+    def loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        """
+        The loss () of a micro-batch, nats: it adds up over the micro-batches of an accumulation window.
+
+        Rollouts without feedback go through no network and add 0.
+        """
+        rows = inputs["has_feedback"].nonzero().squeeze(-1)
+        if not len(rows):  # take part with a row that counts for nothing: other processes wait for the gradients
+            rows = torch.zeros(1, dtype=torch.long, device=rows.device)
+        batch = rows_of(inputs, rows)
+        mask = loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
+
+        per_token, log_ratio, student_logps = self.trainer.scorer.divergence(model, batch, mask)
+        weighted = per_token.divergence
+        if self.args.m_step_importance_clip is not None:
+            old_logps = batch["old_per_token_logps"][mask]
+            weighted = weighted * importance_ratio(student_logps, old_logps, clip=self.args.m_step_importance_clip)
+
+        self._means.add("m_step/divergence", per_token.divergence.detach())
+        self._means.add("entropy", per_token.entropy)
+        for name, outcome in (("successes", 1), ("failures", 0)):
+            self._means.add(name, log_ratio, (batch["outcome"] == outcome) & mask.any(-1))
+
+        # The denominator is of the whole rollout batch on all processes; each micro-batch is one of
+        # `steps_per_generation` on each of them, and their gradients are averaged over processes and added up
+        trainer = self.trainer
+        window = trainer.current_gradient_accumulation_steps / self.args.steps_per_generation
+        denominator = inputs["m_step_denominator"].clamp(min=1.0) * window / trainer.accelerator.num_processes
+        return weighted.sum() / denominator
+
+    def log(self) -> None:
+        """Record the metrics of an optimizer step; all processes take part."""
+        means = self._means.reduce(self.trainer.accelerator)
+        if not means:
+            return
+        successes, failures = means.pop("successes"), means.pop("failures")
+        self.trainer._record("m_step/tokens", means["m_step/divergence"][1])
+        self.trainer._record("teacher/log_ratio_margin", successes[0] - failures[0])
+        if self.args.parts.policy_gradient:
+            del means["entropy"]  # TRL records it over all rollouts
+        for name, (value, _) in means.items():
+            self.trainer._record(name, value)
