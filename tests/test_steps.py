@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_the_m_step_sends_no_gradient_to_the_teacher(tmp_path):
     trainer._compute_loss(trainer.model, batch).backward()
     shared = gradients(trainer)
     frozen = copy.deepcopy(tiny.weights(trainer))
-    trainer.teacher = EMATeacher(trainer.model, 0.5)  # the same weights, but a copy that can get no gradient
+    trainer.teacher = EMATeacher(trainer, 0.5)  # the same weights, but a copy that can get no gradient
     trainer._compute_loss(trainer.model, batch).backward()
     assert close(shared, gradients(trainer), atol=1e-8)
     assert tiny.same(frozen, tiny.weights(trainer))
@@ -322,7 +323,7 @@ def test_the_teachers_head_is_the_averages_too(tmp_path):
 
 
 def test_an_average_of_rate_one_tenth_keeps_nine_tenths(model):
-    teacher = EMATeacher(model, 0.1)
+    teacher = EMATeacher(SimpleNamespace(model=model), 0.1)
     old = {k: v.clone() for k, v in teacher.average.weights.items()}
     with torch.no_grad():
         for p in model.parameters():
@@ -334,7 +335,7 @@ def test_an_average_of_rate_one_tenth_keeps_nine_tenths(model):
 
 def test_an_average_of_half_precision_weights_moves_by_less_than_their_rounding(model):
     model = model.to(torch.bfloat16)
-    teacher = EMATeacher(model, 0.05)
+    teacher = EMATeacher(SimpleNamespace(model=model), 0.05)
     name, p = next(iter(model.named_parameters()))
     before = teacher.average.weights[name].clone()
     with torch.no_grad():

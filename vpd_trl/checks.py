@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_available, is_peft_model
 from datasets import Dataset
 
 from .config import VPDConfig
@@ -66,6 +66,7 @@ def check_arguments(
     dataset: Any,
     *,
     quantization_config: Any,
+    teacher_peft_config: Any,
     unsupported: dict[str, Any],
 ) -> None:
     """
@@ -76,6 +77,7 @@ def check_arguments(
         TypeError: If prompts have a wrong type.
     """
     _check_dataset_size(args, dataset)
+    _check_teacher(args, teacher_peft_config)
     if not args.parts.uses_feedback:
         if feedback is not None:
             logger.warning(f"method={args.method!r} makes no use of feedback_fn {feedback.names}.")
@@ -115,6 +117,19 @@ def _check_dataset_size(args: VPDConfig, dataset: Any) -> None:
         )
 
 
+def _check_teacher(args: VPDConfig, teacher_peft_config: Any) -> None:
+    if args.teacher != "lora":
+        if teacher_peft_config is not None:
+            raise ValueError(f"teacher_peft_config is for teacher='lora'; got teacher={args.teacher!r}.")
+        return
+    if not is_peft_available():
+        raise ImportError("teacher='lora' needs PEFT. Install it with: pip install 'vpd-trl[peft]'")
+    from .lora_teacher import check_adapter_config
+
+    if teacher_peft_config is not None:
+        check_adapter_config(teacher_peft_config)
+
+
 def _check_columns(args: VPDConfig, columns: Sequence[str], feedback: FeedbackCollector) -> None:
     if "prompt" not in columns:
         raise ValueError(f"The data set needs a column 'prompt'; it has {', '.join(columns) or 'none'}.")
@@ -142,6 +157,7 @@ def check_model(trainer: VPDTrainer) -> None:
         )
     if is_peft_model(model):
         from peft import PromptLearningConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         learned_prompts = [n for n, c in model.peft_config.items() if isinstance(c, PromptLearningConfig)]
         if learned_prompts:
@@ -149,6 +165,13 @@ def check_model(trainer: VPDTrainer) -> None:
                 f"The adapters {learned_prompts} learn prompts, which lie outside the network that the M-step reads. "
                 "Use an adapter of weights, such as LoRA."
             )
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "The student's adapter is on the output head too, whose weight the losses read without it. Leave the "
+                "head out of target_modules, or train it whole with modules_to_save."
+            )
+    if args.teacher == "lora" and trainer.accelerator.scaler is not None:
+        raise ValueError("teacher='lora' is not supported with fp16=True; use bf16=True or float32.")
     vocabulary = trainer.model.get_output_embeddings().weight.shape[0]
     if args.distillation_top_k is not None and args.distillation_top_k > vocabulary:
         raise ValueError(

@@ -13,7 +13,7 @@ from .methods import METHODS, Method
 from .prompts import check_template
 
 
-TEACHERS = ("shared", "ema")
+TEACHERS = ("shared", "ema", "lora")
 PRIORS = ("dynamic", "fixed")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -56,10 +56,15 @@ class VPDConfig(GRPOConfig):
 
         teacher (`str`, *optional*, defaults to `"shared"`):
             Weights that give the M-step its targets. `"shared"`: the student's own. `"ema"`: a moving average of them
-            that follows once per rollout batch; the E-step trains the network that it follows.
+            that follows once per rollout batch; the E-step trains the network that it follows. `"lora"`: the student's
+            and a LoRA adapter on top of them, which is all that the E-step then trains (`teacher_peft_config` of the
+            trainer).
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Rate r in (0, 1] of the `"ema"` teacher: average ← (1 − r) · average + r · student. The paper has 0.05 for
             science and mathematics, 0.01 for code.
+        save_teacher (`bool`, *optional*, defaults to `True`):
+            Whether `save_model` writes the `"lora"` teacher's adapter to `teacher/adapter` beside the model, and a
+            push to the Hub takes it along. Checkpoints hold what resuming needs in any case.
         teacher_template (`str`, *optional*):
             The teacher's prompt, with the fields `{prompt}`, `{solution}` and `{critique}` (the two sections are
             empty where there is no such feedback). In a conversation it replaces the text of the last user turn; for
@@ -137,8 +142,9 @@ class VPDConfig(GRPOConfig):
     success_threshold: float = field(default=1.0, metadata={"help": "A rollout is a success when its reward is at least this (reward units)."})
 
     # Teacher context
-    teacher: str = field(default="shared", metadata={"help": "Weights of the M-step's targets: 'shared' (the student's) or 'ema' (their moving average)."})
+    teacher: str = field(default="shared", metadata={"help": "Weights of the M-step's targets: 'shared' (the student's), 'ema' (their moving average) or 'lora' (the student's and an adapter of the teacher's own)."})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate r in (0, 1] of the 'ema' teacher: average <- (1 - r) * average + r * student, once per rollout batch. Paper: 0.05 (science), 0.01 (code)."})
+    save_teacher: bool = field(default=True, metadata={"help": "Whether save_model and a push to the Hub take the 'lora' teacher's adapter along (folder teacher/adapter)."})
     teacher_template: str | None = field(default=None, metadata={"help": "The teacher's prompt, with the fields {prompt}, {solution}, {critique}. None: a template that suits the prompt's form."})
     solution_template: str = field(default="\n\nA correct solution:\n\n{solution}", metadata={"help": "Section of the teacher's prompt for a solution, with the field {solution}."})
     critique_template: str = field(default="\n\nFeedback on an earlier attempt:\n\n{critique}", metadata={"help": "Section of the teacher's prompt for a critique, with the field {critique}."})
@@ -186,6 +192,11 @@ class VPDConfig(GRPOConfig):
             raise ValueError(
                 f"{error} Both count completions, not prompts. Valid values of num_generations here: {valid}."
             ) from None
+        if self.e_step_learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(
+                f"e_step_learning_rate ({self.e_step_learning_rate}) follows the student's schedule, so learning_rate "
+                f"must be above 0; got {self.learning_rate}."
+            )
         self._check_batch_sizes()
         self._warn_about_fields_without_effect()
 
@@ -229,6 +240,11 @@ class VPDConfig(GRPOConfig):
                     f"{name} must be an integer of at least 1{' or None' if optional else ''}; got {value!r}."
                 )
 
+        if self.teacher == "lora" and not self.parts.refines_teacher:
+            raise ValueError(
+                f"teacher='lora' has an adapter that only an E-step trains, and method={self.method!r} has none; use "
+                "method='vpd', or teacher='shared' or 'ema'."
+            )
         self._check_number("success_threshold", "a finite number", lambda x: abs(x) != float("inf"))
         self._check_number("teacher_update_rate", "a number in (0, 1]", lambda x: 0 < x <= 1)
         self._check_number("bco_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"))

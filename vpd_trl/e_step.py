@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import DistributedType
 
 from .batch import Batch, loss_mask, pieces_of
 from .losses import bco_loss
@@ -141,30 +138,26 @@ class EStep:
         shift = self.shift.update(*self._class_means(update))
 
         loss_sum = torch.zeros((), device=accelerator.device)
-        with self._own_accumulation(), self._learning_rate(), trainer.teacher.training_context():
+        with trainer.teacher.training_context():
             for i, (batch, prior) in enumerate(zip(update.micro_batches, update.priors, strict=True)):
-                with self._gradient_sync(last=i == len(update.micro_batches) - 1):
-                    logps = trainer.scorer.sampled_logps(trainer.model_wrapped, batch, teacher=True)
+                with trainer.teacher.accumulate(last=i == len(update.micro_batches) - 1):
+                    logps = trainer.scorer.sampled_logps(trainer.teacher.trained_model, batch, teacher=True)
                     log_ratio = trainer.scorer.reduce(logps, prior, loss_mask(batch))
                     success = batch["outcome"] == 1
                     losses = bco_loss(log_ratio, success, temperature=self.args.bco_temperature, shift=shift)
                     # Each class has weight 1, whatever its size. Gradients are averaged over processes
                     weight = torch.where(success, 1 / update.positives, 1 / update.negatives) * self._eligible(batch)
                     loss = (losses * weight).sum()
-                    accelerator.backward(loss * accelerator.num_processes)
+                    trainer.teacher.backward(loss * accelerator.num_processes)
                 loss_sum += loss.detach()
                 update.rewards[i] = self.args.bco_temperature * log_ratio.detach()
-            # Without a limit the norm is measured all the same
-            limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else float("inf")
-            grad_norm = accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), limit)
-            trainer.optimizer.step()
-            trainer.model_wrapped.zero_grad()
+            grad_norm = trainer.teacher.update()
 
         positive, negative = self._class_means(update)
         trainer._record("e_step/loss", accelerator.reduce(loss_sum, reduction="sum").item())
         trainer._record("e_step/reward_margin", positive - negative)
         trainer._record("e_step/reward_shift", shift)
-        trainer._record("e_step/grad_norm", float(grad_norm) if grad_norm is not None else float("nan"))
+        trainer._record("e_step/grad_norm", grad_norm)
 
     def _eligible(self, batch: Batch) -> torch.Tensor:
         """Which rollouts (b,) take part."""
@@ -191,42 +184,6 @@ class EStep:
         """Implicit rewards ρ (b,). Eq. 7."""
         log_ratio = self.trainer.scorer.reduce(teacher_logps, prior_logps, loss_mask(batch))
         return self.args.bco_temperature * log_ratio
-
-    @contextmanager
-    def _own_accumulation(self) -> Iterator[None]:
-        """An accumulation window of the E-step's own; the student's flag comes back afterwards."""
-        state = self.trainer.accelerator.gradient_state
-        before = state.sync_gradients
-        try:
-            yield
-        finally:
-            state._set_sync_gradients(before)
-
-    def _gradient_sync(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Reduce gradients over processes in the last backward pass of an update only, as transformers does."""
-        accelerator = self.trainer.accelerator
-        accelerator.gradient_state._set_sync_gradients(last)
-        every = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        if last or every or accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return nullcontext()
-        return accelerator.no_sync(self.trainer.model_wrapped)
-
-    @contextmanager
-    def _learning_rate(self) -> Iterator[None]:
-        """The E-step's learning rate on the student's schedule."""
-        if self.args.e_step_learning_rate is None:
-            yield
-            return
-        scale = self.args.e_step_learning_rate / self.args.learning_rate
-        groups = self.trainer.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        try:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * scale
-            yield
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         return {"reward_shift": self.shift.value}

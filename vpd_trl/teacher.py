@@ -2,17 +2,29 @@
 What the teacher and the prior run on.
 
 Both are the student's network in another state. An object here knows that state: the context to run the network in,
-what happens after a rollout batch, and what a checkpoint must hold. The trainer never asks which one it has.
+how the E-step trains it, what happens after a rollout batch, and what a checkpoint must hold. The trainer never asks
+which one it has.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from .trainer import VPDTrainer
+
+
+# Below a model's folder, for what its teacher has of its own. Two levels: transformers takes a folder with an adapter
+# directly in a checkpoint for one of the student's when it resumes
+TEACHER_FOLDER = os.path.join("teacher", "adapter")
 
 
 class WeightSnapshot:
@@ -79,18 +91,100 @@ class WeightSnapshot:
 
 
 class SharedTeacher:
-    """The teacher runs on the student's weights; the E-step trains them (the paper's form)."""
+    """
+    The teacher runs on the student's weights; the E-step trains them (the paper's form).
+
+    Args:
+        trainer: The trainer, with its model.
+    """
 
     # Whether the object keeps a copy of whole weights, which sharded training can't make yet
     keeps_copy = False
 
+    # Whether the E-step trains the student's weights
+    trains_student = True
+
+    def __init__(self, trainer: VPDTrainer) -> None:
+        self.trainer = trainer
+
+    # ---- Where it runs
+
     def training_context(self) -> AbstractContextManager[None]:
-        """Where the E-step's forward and backward passes run."""
+        """Where the E-step's forward and backward passes run, both within one context."""
         return nullcontext()
 
     def target_context(self) -> AbstractContextManager[None]:
         """Where the M-step's targets are computed."""
         return nullcontext()
+
+    # ---- The E-step's update: for each micro-batch `backward` within `accumulate`, then `update`
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """What the E-step's forward passes go through."""
+        return self.trainer.model_wrapped
+
+    @property
+    def learning_rate_scale(self) -> float:
+        """The E-step's learning rate over the student's at the same step of the schedule."""
+        args = self.trainer.args
+        return 1.0 if args.e_step_learning_rate is None else args.e_step_learning_rate / args.learning_rate
+
+    @contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """Around a micro-batch: gradients are reduced over processes in the last one only, as transformers does."""
+        accelerator = self.trainer.accelerator
+        state = accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(last)
+        every = state.plugin_kwargs.get("sync_each_batch", False)
+        whole = last or every or accelerator.distributed_type == DistributedType.DEEPSPEED
+        try:
+            with nullcontext() if whole else accelerator.no_sync(self.trainer.model_wrapped):
+                yield
+        finally:
+            state._set_sync_gradients(before)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss whose gradients are to be averaged over processes."""
+        self.trainer.accelerator.backward(loss)
+
+    def update(self) -> float:
+        """Take a step of the optimizer, leave no gradients, and return their norm before clipping."""
+        trainer = self.trainer
+        with self._synchronized(), self._scaled_learning_rate():
+            # Without a limit the norm is measured all the same
+            limit = trainer.args.max_grad_norm if trainer.args.max_grad_norm > 0 else float("inf")
+            grad_norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), limit)
+            trainer.optimizer.step()
+            trainer.model_wrapped.zero_grad()
+        return float(grad_norm) if grad_norm is not None else float("nan")
+
+    @contextmanager
+    def _synchronized(self) -> Iterator[None]:
+        """An accumulation window of the E-step's own ends here; the student's flag comes back afterwards."""
+        state = self.trainer.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(True)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
+
+    @contextmanager
+    def _scaled_learning_rate(self) -> Iterator[None]:
+        groups = self.trainer.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        try:
+            if self.learning_rate_scale != 1.0:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * self.learning_rate_scale
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    # ---- What remains
 
     def after_rollout_batch(self) -> None:
         """Called when the last M-step on a rollout batch has been made."""
@@ -101,6 +195,9 @@ class SharedTeacher:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
+    def save_pretrained(self, folder: str) -> None:
+        """Write what the teacher has beside the student's weights to a folder, if it has anything for others."""
+
 
 class EMATeacher(SharedTeacher):
     """
@@ -110,15 +207,16 @@ class EMATeacher(SharedTeacher):
     in float32: rounding would swallow its small steps.
 
     Args:
-        model: The student's network.
+        trainer: The trainer, with its model.
         rate: Share of the student in each step of the average.
     """
 
     keeps_copy = True
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, trainer: VPDTrainer, rate: float) -> None:
+        super().__init__(trainer)
         self.rate = rate
-        self.average = WeightSnapshot(model, float32=True)
+        self.average = WeightSnapshot(trainer.model, float32=True)
 
     def target_context(self) -> AbstractContextManager[None]:
         return self.average.swapped_in()
@@ -171,9 +269,15 @@ class FixedPrior(DynamicPrior):
         self.initial.load_state_dict(state["initial"])
 
 
-def make_teacher(model: nn.Module, kind: str, *, update_rate: float) -> SharedTeacher:
+def make_teacher(trainer: VPDTrainer, adapter_config: Any = None) -> SharedTeacher:
     """The teacher that `VPDConfig.teacher` names."""
-    return EMATeacher(model, update_rate) if kind == "ema" else SharedTeacher()
+    if trainer.args.teacher == "lora":
+        from .lora_teacher import LoRATeacher  # PEFT is optional
+
+        return LoRATeacher(trainer, adapter_config)
+    if trainer.args.teacher == "ema":
+        return EMATeacher(trainer, trainer.args.teacher_update_rate)
+    return SharedTeacher(trainer)
 
 
 def make_prior(model: nn.Module, kind: str) -> DynamicPrior:

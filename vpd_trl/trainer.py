@@ -30,7 +30,7 @@ from .metrics import Means
 from .processes import stop_together
 from .prompts import TeacherPromptBuilder, check_prompt
 from .scoring import Scorer
-from .teacher import make_prior, make_teacher
+from .teacher import TEACHER_FOLDER, make_prior, make_teacher
 from .watch import Watch
 
 
@@ -95,6 +95,8 @@ class VPDTrainer(GRPOTrainer):
         feedback_fn ([`FeedbackFn`] or list of them, *optional*):
             Says what the teacher sees of each rollout. Of a list, the first non-blank text of each section wins.
             Needed unless `method="grpo"`, which makes no use of it.
+        teacher_peft_config ([`~peft.LoraConfig`], *optional*):
+            The teacher's own adapter with `teacher="lora"`. `None`: rank 16, α 32 on every linear layer.
 
     Raises:
         ValueError, TypeError:
@@ -139,6 +141,7 @@ class VPDTrainer(GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
         feedback_fn: FeedbackFn | Sequence[FeedbackFn] | None = None,
+        teacher_peft_config: PeftConfig | None = None,
     ) -> None:
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -153,6 +156,7 @@ class VPDTrainer(GRPOTrainer):
             self.feedback,
             train_dataset,
             quantization_config=quantization_config,
+            teacher_peft_config=teacher_peft_config,
             unsupported={"tools": tools, "environment_factory": environment_factory},
         )
         super().__init__(
@@ -174,7 +178,7 @@ class VPDTrainer(GRPOTrainer):
         self.args: VPDConfig
         self._init_state()
         if self.parts.uses_feedback:
-            self._init_distillation()
+            self._init_distillation(teacher_peft_config)
 
     def _init_state(self) -> None:
         # How far training is; all of it is saved in checkpoints
@@ -189,10 +193,10 @@ class VPDTrainer(GRPOTrainer):
         self._m_step_time = 0.0
         self._watch = Watch(logger)
 
-    def _init_distillation(self) -> None:
+    def _init_distillation(self, teacher_peft_config: PeftConfig | None) -> None:
         args = self.args
         checks.check_model(self)
-        self.teacher = make_teacher(self.model, args.teacher, update_rate=args.teacher_update_rate)
+        self.teacher = make_teacher(self, teacher_peft_config)
         self.prior = make_prior(self.model, args.prior)
         checks.check_copies(self)
         self.scorer = Scorer(self)
@@ -252,7 +256,7 @@ class VPDTrainer(GRPOTrainer):
         micro_batches, self._pending_e_step = self._pending_e_step, None
         if micro_batches is not None:
             ran = self.e_step.run(micro_batches)
-            if ran and self.use_vllm:
+            if ran and self.use_vllm and self.teacher.trains_student:
                 self._last_loaded_step = -1  # the weights changed within a step: the next rollouts need them
             successes, failures = self.e_step.last_counts
             self._watch.e_step(ran=ran, successes=successes, failures=failures)
@@ -365,6 +369,12 @@ class VPDTrainer(GRPOTrainer):
         self._metrics["train"][name].append(value)
 
     # ---- State
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # First, as the rest may end in a push to the Hub
+        if self.parts.uses_feedback and self.args.save_teacher and self.args.should_save:
+            self.teacher.save_pretrained(os.path.join(output_dir or self.args.output_dir, TEACHER_FOLDER))
+        super().save_model(output_dir, _internal_call)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._train_sampler = super()._get_train_sampler(dataset)
