@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests import tiny
@@ -81,6 +82,8 @@ def build(scenario, folder, rank, world):
         changes |= {"feedback_fn": look, "num_generations": 8, "gradient_accumulation_steps": 1}
     elif scenario == "ema_teacher":
         changes |= {"teacher": "ema"}
+    elif scenario == "lora_teacher":
+        changes |= {"teacher": "lora", "teacher_peft_config": LoraConfig(r=4, target_modules="all-linear")}
     elif scenario in ("joint_loss", "advantage_reshaping"):
         changes |= {"method": scenario, "loss_type": "dapo"}
     elif scenario == "fixed_prior":
@@ -117,6 +120,7 @@ def main(scenario, folder):
             ],
             "seen": getattr(trainer, "seen", None),
             "average": dict(trainer.teacher.average.weights) if trainer.args.teacher == "ema" else None,
+            "adapter": trainer.teacher.state_dict().get("adapter"),
             "initial": dict(trainer.prior.initial.weights) if trainer.args.prior == "fixed" else None,
         }
     except Exception:

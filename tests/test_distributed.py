@@ -115,6 +115,17 @@ def test_the_average_of_the_teacher_is_the_same_on_both_ranks(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_adapter_of_a_lora_teacher_is_trained_by_both_ranks_as_by_one(tmp_path):
+    first, second = launch("lora_teacher", tmp_path)
+    (alone,) = launch("lora_teacher", tmp_path, processes=1)
+    for part in ("weights", "adapter"):
+        assert tiny.same(first[part], second[part]), "the ranks were trained apart"
+        for name, weight in alone[part].items():
+            assert torch.allclose(weight, first[part][name], atol=2e-6, rtol=1e-4), name
+    assert any(weight.abs().max() > 1e-3 for name, weight in alone["adapter"].items() if "lora_B" in name)
+
+
+@pytest.mark.slow
 def test_a_fixed_prior_stays_the_initial_weights_on_both_ranks(tmp_path):
     first, second = launch("fixed_prior", tmp_path)
     assert tiny.same(first["weights"], second["weights"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from tests import tiny
 
@@ -13,6 +14,8 @@ RUNS = [
     {"method": "joint_loss"},
     {"method": "advantage_reweighting", "advantage_mix_decay": "constant", "teacher": "ema"},
     {"teacher": "ema"},
+    {"teacher": "lora", "e_step_frequency": 1},
+    {"teacher": "lora", "e_step_frequency": 1, "peft_config": LoraConfig(r=2, target_modules="all-linear")},
     {"prior": "fixed", "e_step_frequency": 1},
     {"num_iterations": 2, "steps_per_generation": 2},
     {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
@@ -48,6 +51,8 @@ def test_three_and_three_steps_are_six_steps_to_the_bit(tmp_path, changes):
     if whole.parts.uses_feedback:
         assert whole.rollout_batches == parts.rollout_batches
         assert whole.e_step.shift.value == parts.e_step.shift.value
+    if changes.get("teacher") == "lora":
+        assert tiny.same(*({n: p.data for n, p in t.teacher.parameters.items()} for t in (whole, parts)))
     if changes.get("teacher") == "ema":
         assert tiny.same(whole.teacher.average.weights, parts.teacher.average.weights)
         assert not tiny.same(whole.teacher.average.weights, tiny.weights(parts))

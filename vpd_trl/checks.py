@@ -157,18 +157,12 @@ def check_model(trainer: VPDTrainer) -> None:
         )
     if is_peft_model(model):
         from peft import PromptLearningConfig
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
         learned_prompts = [n for n, c in model.peft_config.items() if isinstance(c, PromptLearningConfig)]
         if learned_prompts:
             raise ValueError(
                 f"The adapters {learned_prompts} learn prompts, which lie outside the network that the M-step reads. "
                 "Use an adapter of weights, such as LoRA."
-            )
-        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "The student's adapter is on the output head too, whose weight the losses read without it. Leave the "
-                "head out of target_modules, or train it whole with modules_to_save."
             )
     if args.teacher == "lora" and trainer.accelerator.scaler is not None:
         raise ValueError("teacher='lora' is not supported with fp16=True; use bf16=True or float32.")
