@@ -89,4 +89,4 @@ def test_the_trainer_has_the_attributes_that_this_library_reads(tmp_path):
 
 def test_the_trainer_takes_what_grpotrainer_takes_in_its_order():
     ours, theirs = (list(inspect.signature(c.__init__).parameters) for c in (VPDTrainer, GRPOTrainer))
-    assert ours == [*theirs, "feedback_fn"]
+    assert ours == [*theirs, "feedback_fn", "teacher_peft_config"]
