@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests import tiny
@@ -114,6 +114,29 @@ def test_the_e_step_trains_the_adapter_alone_and_the_m_step_the_student_alone(tm
     # Rank 4 of both matrices moved: B in the first E-step, A once B is not zero
     fresh = adapter(build(tmp_path / "fresh", student, checkpointing))
     assert all(not torch.equal(fresh[n], p) for n, p in adapter(trainer).items())
+
+
+def test_a_qlora_student_and_its_teacher_are_trained_apart(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tokenizer = tiny.tokenizer()
+    tiny.model(tokenizer, hidden_size=64, intermediate_size=128, head_dim=32).save_pretrained(tmp_path / "base")
+    trainer = build(
+        tmp_path,
+        "lora",
+        mdl=str(tmp_path / "base"),
+        tok=tokenizer,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+        lr_scheduler_type="constant",
+    )
+    assert any(p.dtype == torch.uint8 for p in trainer.model.parameters())
+    with torch.no_grad():  # bitsandbytes lays its weights out anew when a CPU first uses them
+        trainer.model(prompt_ids())
+    changes = watched(trainer)
+    trainer.train()
+    assert changes.count(("e_step", True, False)) == 3
+    assert changes.count(("m_step", False, True)) == 3
 
 
 def raise_within(context, trainer):
