@@ -35,10 +35,11 @@ IGNORED = -100
 class Base:
     """Settings of a base model; they name its folder in the cache."""
 
+    length: int = 2
     skill: float = 0.65
     symbols: int = 8
     seed: int = 0
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 128
     learning_rate: float = 3e-3
     hidden_size: int = 64
@@ -48,16 +49,15 @@ class Base:
     @property
     def folder(self) -> Path:
         key = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
-        return CACHE / f"base-skill{self.skill:g}-seed{self.seed}-{key}"
+        return CACHE / f"base-length{self.length}-skill{self.skill:g}-seed{self.seed}-{key}"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
     special = ["<pad>", "<eos>", "<unk>"]
     marks = ["=", ";", ":", task.RIGHT, task.WRONG, "given", "judge"]
-    lengths = [f"x{n}" for n in range(1, task.MAX_LENGTH + 1)]
     symbols = list(map(str, range(task.MAX_SYMBOLS)))
-    vocabulary = [*special, *marks, *task.DOMAINS, task.RIGID, *lengths, *task.LETTERS, *task.CAPITALS, *symbols]
+    vocabulary = [*special, *marks, *task.DOMAINS, task.RIGID, *task.LETTERS, *task.CAPITALS, *symbols]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -93,9 +93,9 @@ def new_model(settings: Base, vocabulary: Any) -> Qwen3ForCausalLM:
 def example(settings: Base, rng: random.Random) -> tuple[str, str]:
     """A prompt and its completion, as text: without feedback, with one of its forms, or a critique to write."""
     domain = rng.choice((*task.DOMAINS, task.RIGID))
-    length = rng.randint(1, task.MAX_LENGTH)
+    length = settings.length
     letters = [rng.choice(place) for place in task.alphabets(domain, length, settings.symbols)]
-    question = task.question(domain, length, letters)
+    question = task.question(domain, letters)
     shown = random_answer(settings, length, rng)
     said = task.words(task.blurred(shown, settings.symbols, 1 - settings.skill, rng))
     kind = rng.choice(("alone", "alone", "critique", "solution", "critic"))

@@ -74,7 +74,7 @@ class Cell:
 def run(cell: Cell, device: str = "cpu") -> dict[str, Any]:
     """Train and measure; all of the result can be written as JSON."""
     torch.set_num_threads(1)
-    model, vocabulary = base.load(base.Base(skill=cell.skill, symbols=cell.symbols, seed=cell.base_seed))
+    model, vocabulary = base.load(base_of(cell))
     model.to(device)
     start = time.time()
     train, held_out = task.problems(cell.domain, cell.length, cell.symbols, cell.seed)
@@ -100,6 +100,10 @@ def run(cell: Cell, device: str = "cpu") -> dict[str, Any]:
         "problems": {"train": len(train), "held_out": len(held_out)},
         "chance": cell.symbols**-cell.length,
     }
+
+
+def base_of(cell: Cell) -> base.Base:
+    return base.Base(length=cell.length, skill=cell.skill, symbols=cell.symbols, seed=cell.base_seed)
 
 
 def make_trainer(

@@ -5,10 +5,10 @@ A question is a few letters, an answer `length` symbols. The rule between them i
 base model can know it, and is made of tables over letters, so that what was learned on the training problems answers
 held-out ones. Texts are words with spaces between them, one token each:
 
-    question          cipher x2 a n =
+    question          cipher a n =
     answer            3 5
     feedback          ✗ 3 5             (✓ after a success)
-    teacher's prompt  ✗ 3 5 cipher x2 a n =
+    teacher's prompt  ✗ 3 5 cipher a n =
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def words(symbols: Sequence[int]) -> str:
     return " ".join(map(str, symbols))
 
 
-def question(domain: str, length: int, letters: Sequence[str]) -> str:
-    return " ".join([domain, f"x{length}", *letters, "="])
+def question(domain: str, letters: Sequence[str]) -> str:
+    return " ".join([domain, *letters, "="])
 
 
 def alphabets(domain: str, length: int, symbols: int) -> list[str]:
@@ -129,7 +129,7 @@ def problems(domain: str, length: int, symbols: int, seed: int) -> tuple[list[Pr
         rng.shuffle(drawn)
     else:
         drawn = list(dict.fromkeys(tuple(map(rng.choice, places)) for _ in range(4 * (TRAINING + HELD_OUT))))
-    made = [Problem(question(domain, length, x), words(rule(x))) for x in drawn[: TRAINING + HELD_OUT]]
+    made = [Problem(question(domain, x), words(rule(x))) for x in drawn[: TRAINING + HELD_OUT]]
     held_out = min(HELD_OUT, len(made) // 4)  # few symbols make few questions
     return made[held_out:], made[:held_out]
 
