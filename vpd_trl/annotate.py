@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from .feedback.base import Feedback, Rollout
 from .feedback.collect import FeedbackCollector, group_siblings
 from .processes import stop_together
-from .prompts import completion_text, strip_thinking
+from .text import completion_text, strip_thinking
 
 
 if TYPE_CHECKING:
