@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .feedback.base import Feedback
-from .text import CUT_MARKER, SpecialTokens, strip_thinking, text_of
+from .text import CUT_MARKER, SpecialTokens, last_user_turn, strip_thinking, text_of, with_text
 
 
 Prompt = str | list[dict[str, Any]]
@@ -136,11 +136,9 @@ class TeacherPromptBuilder:
             return text.lstrip("\n") if self.teacher_template is None else text
 
         template = CONVERSATION_TEMPLATE if self.teacher_template is None else self.teacher_template
-        turn = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-        content = prompt[turn]["content"]
-        text = fill(template, prompt=text_of(content), solution=solution, critique=critique)
-        new_content = [{"type": "text", "text": text}] if isinstance(content, list) else text
-        return [*prompt[:turn], {**prompt[turn], "content": new_content}, *prompt[turn + 1 :]]
+        turn = last_user_turn(prompt)
+        text = fill(template, prompt=text_of(prompt[turn]["content"]), solution=solution, critique=critique)
+        return [*prompt[:turn], with_text(prompt[turn], text), *prompt[turn + 1 :]]
 
     def _cut_to_length(self, prompt: Prompt, feedback: Feedback) -> TeacherPrompt | None:
         """The prompt with as much feedback as fits, of both sections or of one alone; `None` if none fits."""

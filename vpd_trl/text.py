@@ -9,8 +9,8 @@ from typing import Any
 
 CUT_MARKER = "\n[... cut ...]\n"
 
-_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
-_THINK_BLOCK = re.compile(f"{_THINK_OPEN}.*?{_THINK_CLOSE}", flags=re.DOTALL)
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_THINK_BLOCK = re.compile(f"{THINK_OPEN}.*?{THINK_CLOSE}", flags=re.DOTALL)
 
 
 def check_template(name: str, template: Any, *, needs: Sequence[str], one_of: Sequence[str] = ()) -> None:
@@ -47,11 +47,11 @@ def strip_thinking(text: str, *, opened: bool = False) -> str:
     `opened` says that the prompt already ended with the opening tag, so that `text` starts inside a block.
     """
     if opened:
-        text = _THINK_OPEN + text
+        text = THINK_OPEN + text
     text = _THINK_BLOCK.sub("", text)
     # A closing tag without an opening one: everything before it was thinking
-    text = text.rpartition(_THINK_CLOSE)[2]
-    return text.partition(_THINK_OPEN)[0].strip()
+    text = text.rpartition(THINK_CLOSE)[2]
+    return text.partition(THINK_OPEN)[0].strip()
 
 
 def text_of(content: str | list[dict[str, Any]] | None) -> str:
@@ -59,6 +59,16 @@ def text_of(content: str | list[dict[str, Any]] | None) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content if part.get("type") == "text")
     return content or ""
+
+
+def last_user_turn(conversation: list[dict[str, Any]]) -> int:
+    """The place of the last user turn of a conversation that has one."""
+    return max(i for i, message in enumerate(conversation) if message["role"] == "user")
+
+
+def with_text(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """The message with another text, its content a string or a list of parts as before."""
+    return {**message, "content": [{"type": "text", "text": text}] if isinstance(message["content"], list) else text}
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:
