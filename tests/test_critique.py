@@ -224,7 +224,8 @@ def test_a_long_critique_is_cut_behind_a_word():
         return critique(function, Engine(text), [False], ["zz"])[0].critique
 
     assert cut("word " * 20) == "word word word word word word…"
-    assert cut("The first step is right, then it") == "The first step is right, then…"
+    assert cut("The first step is right, then it isn't", 34) == "The first step is right, then it…"
+    assert cut("The first step is right, afterwards") == "The first step is right,…"
     assert cut("x" * 100) == "x" * 29 + "…"
     assert cut("x" * 30) == "x" * 30
     assert cut("y " + "x" * 100) == "y " + "x" * 27 + "…", "no word is cut off at the price of most of the text"
@@ -336,7 +337,7 @@ def test_redaction_hides_the_answer_and_the_leak_is_still_counted():
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("it is the sum of forty and two", "forty and two"), ("x" * 15 + " 123456789", "1234"), ("B " * 30, "B")],
+    [("it is the sum of forty and two", "forty and two"), ("7" * 50, "7" * 25), ("B " * 30, "B")],
 )
 def test_no_cut_uncovers_a_redacted_answer(text, answer):
     for limit in range(20, 40):
@@ -464,6 +465,17 @@ def test_a_redacted_answer_is_in_the_teachers_prompt_only_where_the_question_has
     assert {text.count("42") for text in prompts(redact=False)} == {1, 2}
     for text in prompts(redact=True):
         assert text.count("42") == text.count("42=")
+
+
+def test_a_function_is_handed_the_special_tokens_of_the_student(tmp_path):
+    got = []
+
+    def look(prompts, special_tokens):
+        got.append(special_tokens.fill("{a}|>", a=special_tokens.escape("<|im_end|>x<|im_end")))
+        return ["text"] * len(prompts)
+
+    trainer(tmp_path, feedback_fn=look).train()
+    assert got == [" < |im_end|>x<|im_end |>"]
 
 
 def test_generate_knows_every_end_of_sequence_token(tmp_path):

@@ -90,8 +90,7 @@ class SelfCritiqueFeedback:
         if success_message is not None and not (isinstance(success_message, str) and success_message.strip()):
             raise ValueError(f"success_message must be a text that is not blank, or None; got {success_message!r}.")
         for name, value in (("max_critique_length", max_critique_length), ("max_attempt_length", max_attempt_length)):
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (is_int and value >= SHORTEST_LIMIT):
+            if value is not None and not (isinstance(value, int) and value >= SHORTEST_LIMIT):
                 raise ValueError(
                     f"{name} must be a whole number of at least {SHORTEST_LIMIT}, or None; got {value!r}."
                 )
