@@ -193,8 +193,6 @@ class JudgeFeedback:
         content = choice.message.content
         if choice.finish_reason == "length" and not self.keep_truncated:
             raise BadReply("truncated reply", "the reply was cut at max_tokens; raise it, or set keep_truncated=True")
-        if content is not None and not isinstance(content, str):
-            raise BadReply("unreadable reply", f"the reply's content is of type {type(content).__name__}")
         critique = strip_thinking(content or "")
         if not critique:
             raise BadReply("empty reply", "the reply had no text" + (" but its thinking" if content else ""))
