@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_SHIPPED = "vpd_trl.feedback has SiblingFeedback() and SelfCritiqueFeedback()"
+_SHIPPED = "vpd_trl.feedback has SiblingFeedback(), SelfCritiqueFeedback() and JudgeFeedback(...)"
 
 
 def no_reward(prompts: list, **kwargs: Any) -> list[float]:

@@ -2,6 +2,7 @@
 
 from .base import Feedback, FeedbackFn, Generated, Rollout
 from .critique import SelfCritiqueFeedback
+from .judge import JudgeFeedback
 from .leak import contains_answer, redact_answer
 from .sibling import SiblingFeedback
 
@@ -10,6 +11,7 @@ __all__ = [
     "Feedback",
     "FeedbackFn",
     "Generated",
+    "JudgeFeedback",
     "Rollout",
     "SelfCritiqueFeedback",
     "SiblingFeedback",
