@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests import tiny
+from vpd_trl.feedback import SelfCritiqueFeedback
 
 
 torch.set_num_threads(1)
@@ -46,6 +47,23 @@ class AtStart(TrainerCallback):
         self.found = progress(self.trainer) | {"rollouts_are_kept": self.trainer._buffered_inputs is not None}
 
 
+class RecordedCritique(SelfCritiqueFeedback):
+    """Keeps, for each batch, the reference answers of failures, and what the student said on them and how it ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __call__(self, generate, answer, successes, **kwargs):
+        def ask(prompts):
+            texts = generate(prompts)
+            golds = [a for a, success in zip(answer, successes, strict=True) if not success]
+            self.seen.append([(gold, str(t), t.finished) for gold, t in zip(golds, texts, strict=True)])
+            return texts
+
+        return super().__call__(generate=ask, answer=answer, successes=successes, **kwargs)
+
+
 def progress(trainer):
     return {"rollout_batches": trainer.rollout_batches, "shift": trainer.e_step.shift.value}
 
@@ -72,6 +90,26 @@ def build(scenario, folder, rank, world):
             return ["text"] * len(prompts)
 
         changes["feedback_fn"] = broken
+    elif scenario in ("raises_before_generate", "generates_more_often_on_one"):
+
+        def apart(prompts, generate, **kwargs):
+            if rank == 1 and scenario == "raises_before_generate":
+                raise KeyError("the judge is out of office")
+            for _ in range(2 - rank):
+                generate(prompts)
+            return ["text"] * len(prompts)
+
+        changes["feedback_fn"] = apart
+    elif scenario == "sampled_self_critique":
+        # The first batch has failures on one process alone, the others unequal numbers of them
+        def unequal(prompts, trainer_state, **kwargs):
+            failures = len(prompts) if rank else min(trainer_state.global_step, 1)
+            return [0.0] * failures + [1.0] * (len(prompts) - failures)
+
+        critique = RecordedCritique()
+        changes |= {"feedback_fn": critique, "reward_funcs": unequal, "max_completion_length": 64}
+        changes |= {"mdl": tiny.model(tiny.tokenizer(), max_position_embeddings=4096), "learning_rate": 1e-3}
+        seen = critique.seen
     elif scenario == "siblings":
         seen = []
 
@@ -100,7 +138,7 @@ def build(scenario, folder, rank, world):
     trainer.at_start = start
     if not scenario.startswith(("sampled", "save", "resume")):
         fixed_rollouts(trainer)
-    if scenario == "siblings":
+    if scenario in ("siblings", "sampled_self_critique"):
         trainer.seen = seen
     return trainer
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
+from vpd_trl.feedback import contains_answer
 
 
 SCRIPT = Path(__file__).parent / "distributed_script.py"
@@ -162,6 +163,36 @@ def test_a_feedback_function_that_raises_on_one_rank_stops_all_with_its_error(tm
     assert "the judge is out of office" in first["error"]
     assert "Process 1 failed" in first["error"]
     assert "the judge is out of office" in second["error"]
+
+
+@pytest.mark.slow
+def test_a_feedback_function_that_raises_where_the_others_generate_stops_all_with_its_error(tmp_path):
+    first, second = launch("raises_before_generate", tmp_path, fails=True)
+    assert "Process 1 failed" in first["error"]
+    assert "the judge is out of office" in first["error"]
+    assert "the judge is out of office" in second["error"]
+
+
+@pytest.mark.slow
+def test_processes_that_generate_unequally_often_stop_and_are_told_so(tmp_path):
+    for result in launch("generates_more_often_on_one", tmp_path, fails=True):
+        assert "process 0 is at generate(); process 1 is at the end of its work" in result["error"]
+
+
+@pytest.mark.slow
+def test_a_process_without_failures_takes_part_in_self_critique_and_its_metrics_count_critiques(tmp_path):
+    first, second = launch("sampled_self_critique", tmp_path)
+    assert tiny.same(first["weights"], second["weights"])
+    assert [len(batch) for batch in first["seen"]] == [0, 1, 1]
+    assert [len(batch) for batch in second["seen"]] == [8, 8, 8]
+    rows = [row for row in first["log"] if "m_step/tokens" in row]
+    for row, *batches in zip(rows, first["seen"], second["seen"], strict=True):
+        asked = [entry for batch in batches for entry in batch]
+        kept = [(gold, text) for gold, text, finished in asked if finished and text.strip()]
+        assert 0 < len(kept) < len(asked), "both cases are met"
+        assert row["feedback/critique_discarded"] == pytest.approx(1 - len(kept) / len(asked))
+        leaks = sum(contains_answer(text, gold) for gold, text in kept)
+        assert row["feedback/answer_leak_rate"] == pytest.approx(leaks / len(kept))
 
 
 @pytest.mark.slow

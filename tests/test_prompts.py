@@ -8,7 +8,8 @@ import pytest
 
 from tests import tiny
 from vpd_trl import Feedback, VPDConfig
-from vpd_trl.prompts import CUT_MARKER, TeacherPromptBuilder, fill, strip_thinking
+from vpd_trl.prompts import TeacherPromptBuilder
+from vpd_trl.text import CUT_MARKER, fill, strip_thinking
 
 
 DEFAULTS = {f.name: f.default for f in fields(VPDConfig)}

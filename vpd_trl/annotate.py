@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 
-from .feedback.base import Feedback, Rollout
+from .checks import context_length
+from .feedback.base import Feedback, Generated, Rollout
 from .feedback.collect import FeedbackCollector, group_siblings
-from .processes import stop_together
-from .prompts import completion_text, strip_thinking
+from .processes import meet, stop_together
+from .text import THINK_OPEN, SpecialTokens, completion_text, strip_thinking
 
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Annotator:
     def __init__(self, trainer: VPDTrainer, collector: FeedbackCollector) -> None:
         self.trainer = trainer
         self.collector = collector
+        self.special_tokens = SpecialTokens(trainer._tokenizer)
 
     def __call__(
         self,
@@ -85,6 +87,7 @@ class Annotator:
                 successes=success.tolist(),
                 siblings=siblings,
                 generate=self.generate,
+                special_tokens=self.special_tokens,
                 trainer_state=trainer.state,
                 log_extra=trainer._log_completion_extra,
                 log_metric=trainer._log_metric,
@@ -94,11 +97,13 @@ class Annotator:
         trainer._log_completion_extra("feedback", table)
         return Annotation(feedback, torch.where(scored, success.long(), -1))
 
-    def generate(self, prompts: list) -> list[str]:
+    def generate(self, prompts: list) -> list[Generated]:
         """
         Sample one answer to each prompt from the current student, with the trainer's engine and sampling settings.
 
-        With several processes all of them must call this equally often; the list may be empty.
+        With several processes all of them must call this equally often; the list may be empty. Metrics of the
+        student's own rollouts don't count these answers. A prompt that leaves no room for an answer of
+        `max_completion_length` tokens in the model's context gets an empty, unfinished one.
 
         Raises:
             TypeError: If some prompts are strings and others conversations.
@@ -106,10 +111,41 @@ class Annotator:
         trainer = self.trainer
         if len({isinstance(prompt, str) for prompt in prompts}) > 1:
             raise TypeError("generate() takes prompts of one form: all strings, or all conversations.")
-        # An engine that works on all processes together needs something to do on each
-        prompt_ids, _, fields = trainer._tokenize_prompts(list(prompts) or [trainer._tokenizer.eos_token])
+        counts = meet(trainer.accelerator, "generate()", len(prompts))
+        answers = [Generated(finished=False) for _ in prompts]
+        if not any(counts):
+            return answers
+        rows, prompt_ids, fields = self._tokenize_fitting(prompts)
+        if trainer.use_vllm:
+            # A vLLM server takes it that the lists of all processes are equally long, and needs no fields
+            prompt_ids = prompt_ids + [[trainer._tokenizer.eos_token_id]] * (max(counts) - len(prompt_ids))
         completion_ids, _ = trainer._generate_single_turn(prompt_ids, None, fields, num_generations=1)
-        return trainer._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)[: len(prompts)]
+        # As TRL tells truncated completions: after an end of its own a row is padded
+        ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
+        for i, ids in zip(rows, completion_ids[: len(rows)], strict=True):  # fillers come last
+            text = trainer._tokenizer.decode(ids, skip_special_tokens=True)
+            opened = THINK_OPEN if self._opens_thinking(prompts[i]) else ""
+            answers[i] = Generated(opened + text, finished=bool(ids) and ids[-1] in ends)
+        return answers
+
+    def _tokenize_fitting(self, prompts: list) -> tuple[list[int], list[list[int]], dict[str, Any]]:
+        """The prompts that leave room for an answer: which ones, their token ids, and what else the model takes."""
+        trainer, rows = self.trainer, list(range(len(prompts)))
+        # An engine that works on all processes together needs something to do on each
+        filler = [trainer._tokenizer.eos_token]
+        prompt_ids, _, fields = trainer._tokenize_prompts(list(prompts) or filler)
+        room = self._prompt_room()
+        if rows and room is not None and any(len(ids) > room for ids in prompt_ids):
+            rows = [i for i, ids in enumerate(prompt_ids) if len(ids) <= room]
+            prompt_ids, _, fields = trainer._tokenize_prompts([prompts[i] for i in rows] or filler)
+        return rows, prompt_ids, fields
+
+    def _prompt_room(self) -> int | None:
+        """The longest prompt that can be answered, in tokens; `None` if there is no limit."""
+        args = self.trainer.args
+        limits = [context_length(self.trainer), args.vllm_max_model_length if args.use_vllm else None]
+        known = [limit for limit in limits if limit is not None]
+        return min(known) - (args.max_completion_length or 0) if known else None
 
     def _answer_texts(self, prompts: list, completions: list) -> list[str]:
         texts = [completion_text(completion) for completion in completions]
@@ -129,7 +165,7 @@ class Annotator:
                 tokenize=False,
                 **trainer.chat_template_kwargs,
             )
-        return prompt.rstrip().endswith("<think>")
+        return prompt.rstrip().endswith(THINK_OPEN)
 
     def _siblings(self, rollouts: list[Rollout], start: int) -> list[list[Rollout]]:
         n, group_size = len(rollouts), self.trainer.num_generations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_SHIPPED = "vpd_trl.feedback has SiblingFeedback()"
+_SHIPPED = "vpd_trl.feedback has SiblingFeedback(), SelfCritiqueFeedback() and JudgeFeedback(...)"
 
 
 def no_reward(prompts: list, **kwargs: Any) -> list[float]:
@@ -201,6 +201,11 @@ def check_copies(trainer: VPDTrainer) -> None:
         )
 
 
+def context_length(trainer: VPDTrainer) -> int | None:
+    """The model's context in tokens, or `None` if it has no limit."""
+    return getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def teacher_prompt_length(trainer: VPDTrainer) -> int | None:
     """
     The longest teacher prompt in tokens, or `None` if neither the user nor the model sets a limit.
@@ -208,8 +213,7 @@ def teacher_prompt_length(trainer: VPDTrainer) -> int | None:
     Raises:
         ValueError: If the user's limit and a completion don't fit into the model's context together.
     """
-    args = trainer.args
-    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    args, context = trainer.args, context_length(trainer)
     if context is None or args.max_completion_length is None:
         return args.max_teacher_prompt_length
     room = context - args.max_completion_length

@@ -10,7 +10,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from .methods import METHODS, Method
-from .prompts import check_template
+from .text import check_template
 
 
 TEACHERS = ("shared", "ema", "lora")

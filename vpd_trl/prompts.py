@@ -7,12 +7,12 @@ sampled. This module makes the first part: it never sees a completion's ids, so 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .feedback.base import Feedback
+from .text import CUT_MARKER, SpecialTokens, last_user_turn, strip_thinking, text_of, with_text
 
 
 Prompt = str | list[dict[str, Any]]
@@ -20,53 +20,6 @@ Prompt = str | list[dict[str, Any]]
 CONVERSATION_TEMPLATE = "{prompt}{solution}{critique}\n\nNow solve the original question correctly."
 # The context comes first here: what stands right before the completion must be the student's own prompt
 STRING_TEMPLATE = "{solution}{critique}\n\n{prompt}"
-
-CUT_MARKER = "\n[... cut ...]\n"
-
-_FIELD = re.compile(r"\{(prompt|solution|critique)\}")
-_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
-_THINK_BLOCK = re.compile(f"{_THINK_OPEN}.*?{_THINK_CLOSE}", flags=re.DOTALL)
-
-
-def check_template(name: str, template: Any, *, needs: Sequence[str], one_of: Sequence[str] = ()) -> None:
-    """
-    Check that a template holds its fields.
-
-    Raises:
-        TypeError: If the template is not a string.
-        ValueError: If a field of `needs`, or all of `one_of`, are missing.
-    """
-    if not isinstance(template, str):
-        raise TypeError(f"{name} must be a string; got {type(template).__name__}.")
-    found = set(_FIELD.findall(template))
-    missing = [f"{{{f}}}" for f in needs if f not in found]
-    if not missing and one_of and not found.intersection(one_of):
-        missing = [" or ".join(f"{{{f}}}" for f in one_of)]
-    if missing:
-        raise ValueError(f"{name} lacks the field {', '.join(missing)}; got {template!r}.")
-
-
-def fill(template: str, **values: str) -> str:
-    """
-    Replace the named fields of a template, once.
-
-    Braces in the values, or in the template around other names, stay as they are: model text may hold anything.
-    """
-    return _FIELD.sub(lambda match: values.get(match.group(1), match.group(0)), template)
-
-
-def strip_thinking(text: str, *, opened: bool = False) -> str:
-    """
-    Remove `<think>…</think>` blocks, and an unfinished one at the end.
-
-    `opened` says that the prompt already ended with the opening tag, so that `text` starts inside a block.
-    """
-    if opened:
-        text = _THINK_OPEN + text
-    text = _THINK_BLOCK.sub("", text)
-    # A closing tag without an opening one: everything before it was thinking
-    text = text.rpartition(_THINK_CLOSE)[2]
-    return text.partition(_THINK_OPEN)[0].strip()
 
 
 def check_prompt(prompt: Any) -> None:
@@ -95,23 +48,6 @@ def check_prompt(prompt: Any) -> None:
                 f"Only text can be shown to the teacher so far; a message has parts of type {sorted(map(str, kinds))}. "
                 "Use method='grpo' for prompts with images."
             )
-
-
-def _text_of(content: str | list[dict[str, Any]] | None) -> str:
-    """The text of a message whose content is a string or a list of parts."""
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if part.get("type") == "text")
-    return content or ""
-
-
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion: the string itself, or the content of its last assistant message."""
-    if isinstance(completion, str):
-        return completion
-    for message in reversed(completion):
-        if message.get("role") == "assistant":
-            return _text_of(message.get("content"))
-    return ""
 
 
 @dataclass(frozen=True)
@@ -155,10 +91,7 @@ class TeacherPromptBuilder:
         self.critique_template = critique_template
         self.strip_thinking = strip_thinking
         self.max_length = max_length
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        longest_first = sorted((re.escape(t) for t in special if len(t) > 1), key=len, reverse=True)
-        self._special = re.compile("|".join(longest_first)) if longest_first else None
+        self.special_tokens = SpecialTokens(tokenizer)
 
     def build(self, prompts: Sequence[Prompt], feedback: Sequence[Feedback | None]) -> list[TeacherPrompt | None]:
         """
@@ -190,39 +123,22 @@ class TeacherPromptBuilder:
             return None
         if self.strip_thinking:
             text = strip_thinking(text)
-        # A space behind the first character: the text stays readable, but is no special token any more
-        while self._special and self._special.search(text):
-            text = self._special.sub(lambda match: match[0][0] + " " + match[0][1:], text)
-        return text.strip() or None
+        return self.special_tokens.escape(text).strip() or None
 
     def render(self, prompt: Prompt, feedback: Feedback) -> Prompt:
         """The prompt with the feedback filled in, in the prompt's own form."""
-        solution = self._fill(self.solution_template, solution=feedback.solution) if feedback.solution else ""
-        critique = self._fill(self.critique_template, critique=feedback.critique) if feedback.critique else ""
+        fill = self.special_tokens.fill
+        solution = fill(self.solution_template, solution=feedback.solution) if feedback.solution else ""
+        critique = fill(self.critique_template, critique=feedback.critique) if feedback.critique else ""
         if isinstance(prompt, str):
             template = STRING_TEMPLATE if self.teacher_template is None else self.teacher_template
-            text = self._fill(template, prompt=prompt, solution=solution, critique=critique)
+            text = fill(template, prompt=prompt, solution=solution, critique=critique)
             return text.lstrip("\n") if self.teacher_template is None else text
 
         template = CONVERSATION_TEMPLATE if self.teacher_template is None else self.teacher_template
-        turn = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-        content = prompt[turn]["content"]
-        text = self._fill(template, prompt=_text_of(content), solution=solution, critique=critique)
-        new_content = [{"type": "text", "text": text}] if isinstance(content, list) else text
-        return [*prompt[:turn], {**prompt[turn], "content": new_content}, *prompt[turn + 1 :]]
-
-    def _fill(self, template: str, **values: str) -> str:
-        """`fill`, but feedback can't complete a special token with what stands beside it; the prompt never changes."""
-        text = fill(template, **values)
-        given = self._count_special(template) + sum(
-            self._count_special(value) * template.count(f"{{{name}}}") for name, value in values.items()
-        )
-        if self._count_special(text) > given:
-            text = fill(template, **{n: v if n == "prompt" else f" {v} " for n, v in values.items()})
-        return text
-
-    def _count_special(self, text: str) -> int:
-        return len(self._special.findall(text)) if self._special else 0
+        turn = last_user_turn(prompt)
+        text = fill(template, prompt=text_of(prompt[turn]["content"]), solution=solution, critique=critique)
+        return [*prompt[:turn], with_text(prompt[turn], text), *prompt[turn + 1 :]]
 
     def _cut_to_length(self, prompt: Prompt, feedback: Feedback) -> TeacherPrompt | None:
         """The prompt with as much feedback as fits, of both sections or of one alone; `None` if none fits."""

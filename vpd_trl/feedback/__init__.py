@@ -1,7 +1,20 @@
 """Feedback functions: what they take and give, and those that come with the library."""
 
-from .base import Feedback, FeedbackFn, Rollout
+from .base import Feedback, FeedbackFn, Generated, Rollout
+from .critique import SelfCritiqueFeedback
+from .judge import JudgeFeedback
+from .leak import contains_answer, redact_answer
 from .sibling import SiblingFeedback
 
 
-__all__ = ["Feedback", "FeedbackFn", "Rollout", "SiblingFeedback"]
+__all__ = [
+    "Feedback",
+    "FeedbackFn",
+    "Generated",
+    "JudgeFeedback",
+    "Rollout",
+    "SelfCritiqueFeedback",
+    "SiblingFeedback",
+    "contains_answer",
+    "redact_answer",
+]

@@ -48,6 +48,25 @@ class Rollout:
     success: bool
 
 
+class Generated(str):
+    """
+    A text that the student was asked for: a `str`, and how it ended.
+
+    Where the prompt ended with an opened `<think>`, the text starts with that tag.
+
+    Attributes:
+        finished: Whether the student ended it itself, with one of the model's end-of-sequence tokens. False where it
+            ran into `max_completion_length`, and, with an empty text, where the prompt was too long to be answered.
+    """
+
+    finished: bool
+
+    def __new__(cls, text: str = "", finished: bool = True) -> Generated:
+        self = super().__new__(cls, text)
+        self.finished = finished
+        return self
+
+
 FeedbackList = Sequence["str | Feedback | None"]
 
 
@@ -68,13 +87,18 @@ class FeedbackFn(Protocol):
         texts (`list[str]`): The completions as text, thinking removed.
         successes (`list[bool]`): Whether each reward is at least `success_threshold`.
         siblings (`list[list[Rollout]]`): The other rollouts of each one's group, also those on other processes.
-        generate (`Callable[[list], list[str]]`): Samples one answer per prompt from the current student through the
-            trainer's own engine and sampling settings. With several processes all of them must call it equally often;
-            the list may be empty.
+        generate (`Callable[[list], list[Generated]]`): Samples one answer per prompt from the current student through
+            the trainer's own engine and sampling settings. With several processes all of them must call it equally
+            often; the list may be empty. An answer is a `str` that knows whether it is `finished` ([`Generated`]).
+        special_tokens (`SpecialTokens`): `escape` makes the special tokens in a text harmless, `fill` fills a template
+            with such texts: for prompts that show what a model or somebody else wrote.
         trainer_state (`~transformers.TrainerState`): The trainer's state.
         log_extra (`Callable[[str, list], None]`): Adds a column to the completions table.
         log_metric (`Callable[[str, float], None]`): Logs a number.
         **kwargs: Every other column of the dataset, a list of N values each.
+
+    Columns that it needs are known from its signature. A callable object whose columns have configurable names says
+    them in an attribute `required_columns`. A data set that lacks one is refused when the trainer is made.
     """
 
     def __call__(
@@ -92,6 +116,7 @@ RESERVED_KEYWORDS = (
     "successes",
     "siblings",
     "generate",
+    "special_tokens",
     "trainer_state",
     "log_extra",
     "log_metric",

@@ -41,6 +41,7 @@ class FeedbackCollector:
         self.functions = functions
         self.names = [get_callable_name(function) for function in functions]
         self._accepts = [_accepted_keywords(function) for function in functions]
+        self._columns = [set(getattr(function, "required_columns", ())) for function in functions]
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def check_columns(self, columns: Sequence[str]) -> None:
@@ -57,8 +58,8 @@ class FeedbackCollector:
                 f"feedback functions. Rename them; reserved are {', '.join(RESERVED_KEYWORDS)}."
             )
         available = set(columns) | set(RESERVED_KEYWORDS)
-        for name, (_, required) in zip(self.names, self._accepts, strict=True):
-            missing = sorted(required - available)
+        for name, (_, required), needed in zip(self.names, self._accepts, self._columns, strict=True):
+            missing = sorted((required - available) | (needed - set(columns)))
             if missing:
                 raise ValueError(
                     f"The feedback function {name!r} needs {missing}, which the dataset has no columns for; it can "
