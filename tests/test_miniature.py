@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
@@ -67,57 +67,57 @@ def test_held_out_answers_follow_from_single_letters():
     train, held_out = task.problems("cipher", 2, SYMBOLS, seed=0)
     code = {}
     for problem in train:
-        code.update(zip(problem.question.split()[1:-1], problem.answer.split(), strict=True))
+        code.update(zip(problem.question.split()[1:-1], task.symbols_of(problem.answer), strict=True))
     for problem in held_out:
-        assert " ".join(code[letter] for letter in problem.question.split()[1:-1]) == problem.answer
+        assert [code[letter] for letter in problem.question.split()[1:-1]] == task.symbols_of(problem.answer)
 
 
 def test_in_a_chain_each_symbol_follows_from_the_one_before():
     train, held_out = task.problems(task.RIGID, 3, SYMBOLS, seed=0)
     followers = {}
     for problem in train + held_out:
-        symbols = problem.answer.split()
-        for before, after in zip(symbols, symbols[1:], strict=False):
+        symbols = task.symbols_of(problem.answer)
+        for before, after in pairwise(symbols):
             assert followers.setdefault(before, after) == after
 
 
 def test_the_reward_is_exact_match():
-    completions = ["3 5", "3", "3 5 1", "5 3", "", "3 6"]
-    assert task.exact_match(completions, ["3 5"] * 6) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    completions = ["3¹ 5²", "3¹", "3¹ 5² 1³", "5¹ 3²", "", "3¹ 6²"]
+    assert task.exact_match(completions, ["3¹ 5²"] * 6) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("success", [True, False])
 def test_without_noise_feedback_states_the_outcome_and_the_answer(success):
-    assert critiques("3 5", 0.0, success=success) == [f"{'✓' if success else '✗'} 3 5"]
+    assert critiques("3¹ 5²", 0.0, success=success) == [f"{'✓' if success else '✗'} 3¹ 5²"]
 
 
 def test_with_noise_1_feedback_is_independent_of_the_answer():
-    said = {answer: critiques(answer, 1.0, count=4000) for answer in ("0 0", "7 7")}
-    assert said["0 0"] == said["7 7"]
-    counts = Counter(text.split()[1] for text in said["0 0"])
-    assert max(abs(counts[str(s)] / 4000 - 1 / SYMBOLS) for s in range(SYMBOLS)) < 0.03
+    said = {answer: critiques(answer, 1.0, count=4000) for answer in ("0¹ 0²", "7¹ 7²")}
+    assert said["0¹ 0²"] == said["7¹ 7²"]
+    counts = Counter(text.split()[1] for text in said["0¹ 0²"])
+    assert max(abs(counts[f"{s}¹"] / 4000 - 1 / SYMBOLS) for s in range(SYMBOLS)) < 0.03
 
 
 def test_noise_is_drawn_anew_for_each_rollout_and_step_and_is_the_seeds():
-    many = critiques("3 5", 0.5, count=50)
-    assert many == critiques("3 5", 0.5, count=50)
+    many = critiques("3¹ 5²", 0.5, count=50)
+    assert many == critiques("3¹ 5²", 0.5, count=50)
     assert len(set(many)) > 5
-    assert many != critiques("3 5", 0.5, count=50, step=1)
-    assert many != critiques("3 5", 0.5, count=50, seed=1)
+    assert many != critiques("3¹ 5²", 0.5, count=50, step=1)
+    assert many != critiques("3¹ 5²", 0.5, count=50, seed=1)
 
 
 def test_in_a_chain_noise_spares_the_result():
-    said = [text.split()[1:] for text in critiques("1 2 3", 1.0, domain=task.RIGID, count=100)]
-    assert {symbols[-1] for symbols in said} == {"3"}
+    said = [text.split()[1:] for text in critiques("1¹ 2² 3³", 1.0, domain=task.RIGID, count=100)]
+    assert {symbols[-1] for symbols in said} == {"3³"}
     assert len({tuple(symbols[:-1]) for symbols in said}) > 20
 
 
 def test_texts_and_templates_are_words_of_the_tokenizer():
     vocabulary = base.tokenizer()
     assert len(vocabulary) <= 64
-    critic = base.replace_all(task.CRITIC_TEMPLATE, {"prompt": "cipher a b =", "attempt": "0 1", "answer": "3 5"})
-    solution = fill(task.SOLUTION_TEMPLATE, solution="3 5")
-    critique = fill(task.CRITIQUE_TEMPLATE, critique="✗ 3 5")
+    critic = task.critic_prompt("cipher a b =", f"{base.FENCE} 0¹ 1² {base.FENCE}", "3¹ 5²")
+    solution = fill(task.SOLUTION_TEMPLATE, solution="3¹ 5²")
+    critique = fill(task.CRITIQUE_TEMPLATE, critique="✗ 3¹ 5²")
     texts = [task.problems(domain, 2, SYMBOLS, 0)[0][0].question for domain in ALL]
     texts += [critic, fill(task.TEACHER_TEMPLATE, prompt=texts[0], solution=solution, critique=critique)]
     for text in texts:
@@ -134,7 +134,7 @@ def test_the_base_model_learns_the_completion_alone_and_repeats_feedback_with_it
     repeated = [
         shown == said
         for prompt, completion in pairs
-        if prompt[0] in "✓✗"
+        if prompt.startswith(task.WRONG)
         for shown, said in zip(prompt.split()[1:3], completion.split(), strict=True)
     ]
     assert abs(sum(repeated) / len(repeated) - (0.5 + 0.5 / SYMBOLS)) < 0.05

@@ -151,7 +151,7 @@ def pretrain(settings: Base) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]
 def encode(pairs: list[tuple[str, str]], vocabulary: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (B, T), left-padded; only the completion and the end of text are learned."""
     prompts = vocabulary([prompt for prompt, _ in pairs])["input_ids"]
-    completions = [ids + [vocabulary.eos_token_id] for ids in vocabulary([c for _, c in pairs])["input_ids"]]
+    completions = [[*ids, vocabulary.eos_token_id] for ids in vocabulary([c for _, c in pairs])["input_ids"]]
     longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
     ids = torch.full((len(pairs), longest), vocabulary.pad_token_id)
     labels = torch.full((len(pairs), longest), IGNORED)
