@@ -13,7 +13,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from . import task
 
 CACHE = Path(__file__).parent / "cache"
 IGNORED = -100
+FENCE = "```"  # around the attempt, as SelfCritiqueFeedback shows it
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,18 @@ class Base:
 
     @property
     def folder(self) -> Path:
-        key = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        # The texts too, so that a cached model never outlives a change of the task
+        texts = [example(self, random.Random(i)) for i in range(200)]
+        key = hashlib.sha256(json.dumps([asdict(self), texts], sort_keys=True).encode()).hexdigest()[:10]
         return CACHE / f"base-length{self.length}-skill{self.skill:g}-seed{self.seed}-{key}"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
     special = ["<pad>", "<eos>", "<unk>"]
-    marks = ["=", ";", ":", task.RIGHT, task.WRONG, "given", "judge"]
-    symbols = list(map(str, range(task.MAX_SYMBOLS)))
-    vocabulary = [*special, *marks, *task.DOMAINS, task.RIGID, *task.LETTERS, *task.CAPITALS, *symbols]
+    marks = ["=", ";", ":", task.RIGHT, task.WRONG, "given", "judge", FENCE]
+    symbols = [f"{symbol}{place}" for place in task.PLACES for symbol in range(task.MAX_SYMBOLS)]
+    vocabulary = [*special, *marks, *task.DOMAINS, task.RIGID, *task.LETTERS, *symbols]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -102,12 +105,14 @@ def example(settings: Base, rng: random.Random) -> tuple[str, str]:
     if kind == "alone":
         return question, said
     if kind == "critic":
-        attempt = shown if rng.random() < 0.25 else random_answer(settings, length, rng)
-        mark = task.RIGHT if attempt == shown else task.WRONG
-        fields = {"prompt": question, "attempt": task.words(attempt), "answer": task.words(shown)}
-        return replace_all(task.CRITIC_TEMPLATE, fields), f"{mark} {said}"
+        attempt = f"{FENCE} {task.words(random_answer(settings, length, rng))} {FENCE}"
+        # Only failures are criticised
+        return task.critic_prompt(question, attempt, task.words(shown)), f"{task.WRONG} {said}"
     feedback = {"solution": "", "critique": ""}
-    if kind == "critique":
+    if kind == "critique" and rng.random() < 0.2:  # self-critique says no more than this of a success
+        feedback["critique"] = fill(task.CRITIQUE_TEMPLATE, critique=task.RIGHT)
+        said = task.words(random_answer(settings, length, rng))
+    elif kind == "critique":
         mark = rng.choice((task.RIGHT, task.WRONG))
         feedback["critique"] = fill(task.CRITIQUE_TEMPLATE, critique=f"{mark} {task.words(shown)}")
     else:
@@ -119,20 +124,20 @@ def random_answer(settings: Base, length: int, rng: random.Random) -> list[int]:
     return [rng.randrange(settings.symbols) for _ in range(length)]
 
 
-def replace_all(template: str, fields: dict[str, str]) -> str:
-    for name, value in fields.items():
-        template = template.replace(f"{{{name}}}", value)
-    return template
-
-
 def pretrain(settings: Base) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     vocabulary = tokenizer()
     model = new_model(settings, vocabulary).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)
+    # At a high rate nearly to the end: after a long decay, small updates make the model forget how answers end
+    warm, cool = 30, settings.steps / 7
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm, (settings.steps - step) / cool)
+    )
     rng = random.Random(settings.seed)
-    for _ in range(settings.steps):
-        ids, labels = encode([example(settings, rng) for _ in range(settings.batch_size)], vocabulary)
+    for step in range(settings.steps):
+        # Copying is learned much faster from faithful examples; how far to trust it, in the last third
+        skilful = replace(settings, skill=1.0) if settings.skill > 0 and step < settings.steps * 2 / 3 else settings
+        ids, labels = encode([example(skilful, rng) for _ in range(settings.batch_size)], vocabulary)
         logits = model(input_ids=ids, attention_mask=(ids != vocabulary.pad_token_id).long()).logits  # (B, T, V)
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
@@ -146,7 +151,7 @@ def pretrain(settings: Base) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]
 def encode(pairs: list[tuple[str, str]], vocabulary: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (B, T), left-padded; only the completion and the end of text are learned."""
     prompts = vocabulary([prompt for prompt, _ in pairs])["input_ids"]
-    completions = [ids + [vocabulary.eos_token_id] for ids in vocabulary([c for _, c in pairs])["input_ids"]]
+    completions = [[*ids, vocabulary.eos_token_id] for ids in vocabulary([c for _, c in pairs])["input_ids"]]
     longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
     ids = torch.full((len(pairs), longest), vocabulary.pad_token_id)
     labels = torch.full((len(pairs), longest), IGNORED)

@@ -161,7 +161,8 @@ def feedback_of(cell: Cell) -> Any:
         return vpd_trl.feedback.SiblingFeedback()
     if cell.feedback == "critique":
         # By its name, for the other kinds of feedback to work with a version that hasn't got it
-        return getattr(vpd_trl.feedback, "SelfCritiqueFeedback")(template=task.CRITIC_TEMPLATE)  # noqa: B009
+        critic = getattr(vpd_trl.feedback, "SelfCritiqueFeedback")  # noqa: B009
+        return critic(template=task.CRITIC_TEMPLATE, success_message=task.RIGHT)
     raise ValueError(f"feedback must be one of {FEEDBACK}; got {cell.feedback!r}.")
 
 

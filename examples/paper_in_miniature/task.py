@@ -6,9 +6,12 @@ base model can know it, and is made of tables over letters, so that what was lea
 held-out ones. Texts are words with spaces between them, one token each:
 
     question          cipher a n =
-    answer            3 5
-    feedback          ✗ 3 5             (✓ after a success)
-    teacher's prompt  ✗ 3 5 cipher a n =
+    answer            3¹ 5²
+    feedback          ✗ 3¹ 5²           (✓ after a success)
+    teacher's prompt  ✗ 3¹ 5² cipher a n =
+
+A symbol's word says at which place it stands, so that even so small a model doesn't forget the form of an answer when
+it learns quickly.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ RIGID = "chain"
 MAX_SYMBOLS = 8  # of the answers' alphabet
 MAX_LENGTH = 4  # of an answer
 LETTERS = "abcdefghijklmnop"
-CAPITALS = "ABCDEFGHIJKLMNOP"
+PLACES = "¹²³⁴"
 RIGHT, WRONG = "✓", "✗"
 
 TRAINING, HELD_OUT = 192, 64  # problems
@@ -46,7 +49,11 @@ class Problem:
 
 
 def words(symbols: Sequence[int]) -> str:
-    return " ".join(map(str, symbols))
+    return " ".join(f"{symbol}{place}" for symbol, place in zip(symbols, PLACES, strict=False))
+
+
+def symbols_of(answer: str) -> list[int]:
+    return [int(word[0]) for word in answer.split()]
 
 
 def question(domain: str, letters: Sequence[str]) -> str:
@@ -60,9 +67,7 @@ def alphabets(domain: str, length: int, symbols: int) -> list[str]:
     Twice as many letters as symbols, so that balanced tables exist. A question has at least two letters: a single one
     would leave too few questions for a training set and a held-out one.
     """
-    if domain == "facts":
-        return [LETTERS[: 2 * symbols], CAPITALS[: 2 * symbols]]
-    places = max(2, length + (domain == "order"))
+    places = 2 if domain == "facts" else max(2, length + (domain == "order"))
     return [LETTERS[: 2 * symbols]] * places
 
 
@@ -103,6 +108,10 @@ def hidden_rule(domain: str, length: int, symbols: int, seed: int) -> Rule:
         code, successor = table(places[0]), rng.sample(range(symbols), symbols)
         return lambda x: derivation(code[x[0]], successor, length)
     raise ValueError(f"domain must be one of {(*DOMAINS, RIGID)}; got {domain!r}.")
+
+
+def critic_prompt(question: str, attempt: str, answer: str) -> str:
+    return CRITIC_TEMPLATE.replace("{prompt}", question).replace("{attempt}", attempt).replace("{answer}", answer)
 
 
 def derivation(first: int, successor: Sequence[int], length: int) -> list[int]:
@@ -162,7 +171,7 @@ class EnvironmentFeedback:
         stated = []
         for i, (prompt, a, success) in enumerate(zip(prompts, answer, successes, strict=True)):
             rng = random.Random(f"{self.seed} {trainer_state.global_step} {i} {prompt}")
-            expected = list(map(int, a.split()))
+            expected = symbols_of(a)
             shown = blurred(expected, self.symbols, self.noise, rng)
             if self.domain == RIGID:
                 shown[-1] = expected[-1]
