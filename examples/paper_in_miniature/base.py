@@ -37,7 +37,7 @@ class Base:
     """Settings of a base model; they name its folder in the cache."""
 
     length: int = 2
-    skill: float = 0.65
+    skill: float = 0.5
     symbols: int = 8
     seed: int = 0
     steps: int = 600

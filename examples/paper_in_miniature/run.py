@@ -60,11 +60,11 @@ class Cell:
     length: int = 2
     symbols: int = 8
     noise: float = 0.0
-    skill: float = 0.65
+    skill: float = 0.5
     seed: int = 100
     base_seed: int = 0
-    steps: int = 100
-    learning_rate: float = 1e-3
+    steps: int = 120
+    learning_rate: float = 5e-4
     prompts: int = 32  # per step
     rollouts: int = 8  # per prompt
     samples: int = 8  # per problem, in evaluation

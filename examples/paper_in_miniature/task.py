@@ -64,11 +64,11 @@ def alphabets(domain: str, length: int, symbols: int) -> list[str]:
     """
     The letters that may stand at each place of a question.
 
-    Twice as many letters as symbols, so that balanced tables exist. A question has at least two letters: a single one
+    As many letters as make balanced tables: a multiple of `symbols`. A question has at least two letters: a single one
     would leave too few questions for a training set and a held-out one.
     """
     places = 2 if domain == "facts" else max(2, length + (domain == "order"))
-    return [LETTERS[: 2 * symbols]] * places
+    return [LETTERS[: len(LETTERS) // symbols * symbols]] * places
 
 
 def hidden_rule(domain: str, length: int, symbols: int, seed: int) -> Rule:
