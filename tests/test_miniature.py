@@ -11,7 +11,6 @@ import torch
 
 from examples.paper_in_miniature import base, run, task
 from vpd_trl import VPDConfig
-from vpd_trl.prompts import check_template, fill
 
 
 ALL = (*task.DOMAINS, task.RIGID)
@@ -115,17 +114,17 @@ def test_in_a_chain_noise_spares_the_result():
 def test_texts_and_templates_are_words_of_the_tokenizer():
     vocabulary = base.tokenizer()
     assert len(vocabulary) <= 64
-    critic = task.critic_prompt("cipher a b =", f"{base.FENCE} 0¹ 1² {base.FENCE}", "3¹ 5²")
-    solution = fill(task.SOLUTION_TEMPLATE, solution="3¹ 5²")
-    critique = fill(task.CRITIQUE_TEMPLATE, critique="✗ 3¹ 5²")
+    attempt = f"{base.FENCE} 0¹ 1² {base.FENCE}"
+    critic = task.fill(task.CRITIC_TEMPLATE, prompt="cipher a b =", attempt=attempt, answer="3¹ 5²")
+    solution = task.fill(task.SOLUTION_TEMPLATE, solution="3¹ 5²")
+    critique = task.fill(task.CRITIQUE_TEMPLATE, critique="✗ 3¹ 5²")
     texts = [task.problems(domain, 2, SYMBOLS, 0)[0][0].question for domain in ALL]
-    texts += [critic, fill(task.TEACHER_TEMPLATE, prompt=texts[0], solution=solution, critique=critique)]
+    texts += [critic, task.fill(task.TEACHER_TEMPLATE, prompt=texts[0], solution=solution, critique=critique)]
     for text in texts:
         ids = vocabulary(text)["input_ids"]
         assert vocabulary.unk_token_id not in ids
         assert len(ids) == len(text.split()) <= 20
         assert vocabulary.decode(ids) == " ".join(text.split())
-    check_template("teacher_template", task.TEACHER_TEMPLATE, needs=["prompt", "solution", "critique"])
 
 
 def test_the_base_model_learns_the_completion_alone_and_repeats_feedback_with_its_skill():

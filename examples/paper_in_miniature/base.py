@@ -22,9 +22,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+<<<<<<< HEAD
 from vpd_trl.text import fill
 
+=======
+>>>>>>> mini
 from . import task
+from .task import fill
 
 
 CACHE = Path(__file__).parent / "cache"
@@ -106,8 +110,8 @@ def example(settings: Base, rng: random.Random) -> tuple[str, str]:
         return question, said
     if kind == "critic":
         attempt = f"{FENCE} {task.words(random_answer(settings, length, rng))} {FENCE}"
-        # Only failures are criticised
-        return task.critic_prompt(question, attempt, task.words(shown)), f"{task.WRONG} {said}"
+        asked = fill(task.CRITIC_TEMPLATE, prompt=question, attempt=attempt, answer=task.words(shown))
+        return asked, f"{task.WRONG} {said}"  # only failures are criticised
     feedback = {"solution": "", "critique": ""}
     if kind == "critique" and rng.random() < 0.2:  # self-critique says no more than this of a success
         feedback["critique"] = fill(task.CRITIQUE_TEMPLATE, critique=task.RIGHT)

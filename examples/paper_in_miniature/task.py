@@ -110,8 +110,11 @@ def hidden_rule(domain: str, length: int, symbols: int, seed: int) -> Rule:
     raise ValueError(f"domain must be one of {(*DOMAINS, RIGID)}; got {domain!r}.")
 
 
-def critic_prompt(question: str, attempt: str, answer: str) -> str:
-    return CRITIC_TEMPLATE.replace("{prompt}", question).replace("{attempt}", attempt).replace("{answer}", answer)
+def fill(template: str, **values: str) -> str:
+    """The template with its fields filled in; no text of these tasks has braces in it."""
+    for name, value in values.items():
+        template = template.replace(f"{{{name}}}", value)
+    return template
 
 
 def derivation(first: int, successor: Sequence[int], length: int) -> list[int]:
