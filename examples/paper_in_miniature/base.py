@@ -22,11 +22,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-<<<<<<< HEAD
-from vpd_trl.text import fill
-
-=======
->>>>>>> mini
 from . import task
 from .task import fill
 
