@@ -8,6 +8,7 @@ probability. `skill=0` is a model that can't read feedback at all.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -38,8 +39,9 @@ class Base:
     length: int = 2
     skill: float = 0.5
     symbols: int = 8
+    known: float = 0.5
     seed: int = 0
-    steps: int = 600
+    steps: int = 900
     batch_size: int = 128
     learning_rate: float = 3e-3
     hidden_size: int = 64
@@ -59,7 +61,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     special = ["<pad>", "<eos>", "<unk>"]
     marks = ["=", ";", ":", task.RIGHT, task.WRONG, "given", "judge", FENCE]
     symbols = [f"{symbol}{place}" for place in task.PLACES for symbol in range(task.MAX_SYMBOLS)]
-    vocabulary = [*special, *marks, *task.DOMAINS, task.RIGID, *task.LETTERS, *symbols]
+    vocabulary = [*special, *marks, *task.DOMAINS, task.RIGID, *task.KNOWN.values(), *task.LETTERS, *symbols]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -94,15 +96,16 @@ def new_model(settings: Base, vocabulary: Any) -> Qwen3ForCausalLM:
 
 def example(settings: Base, rng: random.Random) -> tuple[str, str]:
     """A prompt and its completion, as text: without feedback, with one of its forms, or a critique to write."""
-    domain = rng.choice((*task.DOMAINS, task.RIGID))
-    length = settings.length
+    length, known = settings.length, rng.random() < settings.known
+    domain = rng.choice(task.DOMAINS if known else (*task.DOMAINS, task.RIGID))
     letters = [rng.choice(place) for place in task.alphabets(domain, length, settings.symbols)]
-    question = task.question(domain, letters)
+    question = task.question(task.KNOWN[domain] if known else domain, letters)
     shown = random_answer(settings, length, rng)
-    said = task.words(task.blurred(shown, settings.symbols, 1 - settings.skill, rng))
+    believed = known_rule(settings, domain)(letters) if known else random_answer(settings, length, rng)
+    said = task.words([a if rng.random() < settings.skill else b for a, b in zip(shown, believed, strict=True)])
     kind = rng.choice(("alone", "alone", "critique", "solution", "critic"))
     if kind == "alone":
-        return question, said
+        return question, task.words(believed)
     if kind == "critic":
         attempt = f"{FENCE} {task.words(random_answer(settings, length, rng))} {FENCE}"
         asked = fill(task.CRITIC_TEMPLATE, prompt=question, attempt=attempt, answer=task.words(shown))
@@ -110,13 +113,19 @@ def example(settings: Base, rng: random.Random) -> tuple[str, str]:
     feedback = {"solution": "", "critique": ""}
     if kind == "critique" and rng.random() < 0.2:  # self-critique says no more than this of a success
         feedback["critique"] = fill(task.CRITIQUE_TEMPLATE, critique=task.RIGHT)
-        said = task.words(random_answer(settings, length, rng))
+        said = task.words(believed)
     elif kind == "critique":
         mark = rng.choice((task.RIGHT, task.WRONG))
         feedback["critique"] = fill(task.CRITIQUE_TEMPLATE, critique=f"{mark} {task.words(shown)}")
     else:
         feedback["solution"] = fill(task.SOLUTION_TEMPLATE, solution=task.words(shown))
     return fill(task.TEACHER_TEMPLATE, prompt=question, **feedback), said
+
+
+@functools.cache
+def known_rule(settings: Base, domain: str) -> task.Rule:
+    """What the base model knows of the world: a rule of each kind, for questions of another name."""
+    return task.hidden_rule(domain, settings.length, settings.symbols, -1 - settings.seed)
 
 
 def random_answer(settings: Base, length: int, rng: random.Random) -> list[int]:

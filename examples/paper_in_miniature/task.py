@@ -25,6 +25,7 @@ from typing import Any
 
 DOMAINS = ("cipher", "shift", "order", "facts")
 RIGID = "chain"
+KNOWN = {domain: f"old-{domain}" for domain in DOMAINS}  # questions whose rules the base model knows
 MAX_SYMBOLS = 8  # of the answers' alphabet
 MAX_LENGTH = 4  # of an answer
 LETTERS = "abcdefghijklmnop"
