@@ -144,6 +144,7 @@ class VPDConfig(GRPOConfig):
     # Teacher context
     teacher: str = field(default="shared", metadata={"help": "Weights of the M-step's targets: 'shared' (the student's), 'ema' (their moving average) or 'lora' (the student's and an adapter of the teacher's own)."})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate r in (0, 1] of the 'ema' teacher: average <- (1 - r) * average + r * student, once per rollout batch. Paper: 0.05 (science), 0.01 (code)."})
+    teacher_adapter_decay: float = field(default=0.0, metadata={"help": "Share of the 'lora' teacher's adapter that fades after each rollout batch, in [0, 1)."})
     save_teacher: bool = field(default=True, metadata={"help": "Whether save_model and a push to the Hub take the 'lora' teacher's adapter along (folder teacher/adapter)."})
     teacher_template: str | None = field(default=None, metadata={"help": "The teacher's prompt, with the fields {prompt}, {solution}, {critique}. None: a template that suits the prompt's form."})
     solution_template: str = field(default="\n\nA correct solution:\n\n{solution}", metadata={"help": "Section of the teacher's prompt for a solution, with the field {solution}."})

@@ -155,6 +155,12 @@ class LoRATeacher(SharedTeacher):
         self.optimizer.zero_grad()
         return float(grad_norm)
 
+    @torch.no_grad()
+    def after_rollout_batch(self) -> None:
+        for name, parameter in self.parameters.items():
+            if "lora_B" in name or "lora_embedding_B" in name:
+                parameter.mul_(1 - self.trainer.args.teacher_adapter_decay)
+
     # ---- State
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from itertools import product
 from typing import Any
 
 
-DOMAINS = ("cipher", "shift", "order", "facts")
+DOMAINS = ("cipher", "shift", "mirror", "facts")
 RIGID = "chain"
 KNOWN = {domain: f"old-{domain}" for domain in DOMAINS}  # questions whose rules the base model knows
 MAX_SYMBOLS = 8  # of the answers' alphabet
@@ -68,7 +68,7 @@ def alphabets(domain: str, length: int, symbols: int) -> list[str]:
     As many letters as make balanced tables: a multiple of `symbols`. A question has at least two letters: a single one
     would leave too few questions for a training set and a held-out one.
     """
-    places = 2 if domain == "facts" else max(2, length + (domain == "order"))
+    places = 2 if domain == "facts" else max(2, length)
     return [LETTERS[: len(LETTERS) // symbols * symbols]] * places
 
 
@@ -78,7 +78,7 @@ def hidden_rule(domain: str, length: int, symbols: int, seed: int) -> Rule:
 
     - `cipher`: symbol i is letter i, substituted.
     - `shift`: symbol i is letter i's number plus a hidden offset of place i, modulo `symbols`.
-    - `order`: as `cipher`, but of the letters in a hidden order, one letter left out.
+    - `mirror`: as `cipher`, but of the letters from the last to the first.
     - `facts`: the symbols are taken in turn from a table of the first letter and one of the second.
     - `chain`: the first letter is substituted, and then each symbol by a hidden successor of it: whoever errs once
       has everything wrong from there on.
@@ -99,9 +99,9 @@ def hidden_rule(domain: str, length: int, symbols: int, seed: int) -> Rule:
     if domain == "shift":
         offsets = [rng.randrange(symbols) for _ in range(length)]
         return lambda x: [(LETTERS.index(a) + k) % symbols for a, k in zip(x, offsets, strict=False)]
-    if domain == "order":
-        code, order = table(places[0]), rng.sample(range(len(places)), length)
-        return lambda x: [code[x[i]] for i in order]
+    if domain == "mirror":
+        code = table(places[0])
+        return lambda x: [code[letter] for letter in reversed(x[:length])]
     if domain == "facts":
         tables = [table(places[i % 2]) for i in range(length)]
         return lambda x: [tables[i][x[i % 2]] for i in range(length)]
