@@ -311,6 +311,19 @@ def test_the_memory_above_a_shared_teacher_is_the_adapter_and_its_optimizer_stat
     assert sum(v.nbytes for v in state) == 2 * size
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_adapter_fades_once_after_each_rollout_batch(tmp_path, iterations):
+    never = {"e_step_min_per_class": 1000, "num_iterations": iterations, "max_steps": 4}
+    trainer = build(tmp_path, teacher_adapter_decay=0.25, **never)
+    randomize(trainer)
+    before = adapter(trainer)
+    trainer.train()
+    batches = 4 // iterations
+    for name, now in adapter(trainer).items():
+        kept = 0.75**batches if "lora_B" in name else 1.0  # of their product, which is all that matters
+        assert torch.allclose(now, kept * before[name]), name
+
+
 class FakeClient:
     """Takes what a vLLM server would be sent."""
 
@@ -462,7 +475,7 @@ def test_the_adapters_learning_rate_follows_the_students_schedule(tmp_path, lear
 
     trainer.teacher.optimizer.step = spy
     trainer.train()
-    factor = 1.0 if learning_rate is None else 5.0
+    factor = 10.0 if learning_rate is None else 5.0
     assert len(seen) == 4
     assert all(inside == pytest.approx(factor * outside) for outside, inside in seen)
     assert seen[0][1] > seen[-1][1], "linear decay"

@@ -62,6 +62,10 @@ class VPDConfig(GRPOConfig):
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Rate r in (0, 1] of the `"ema"` teacher: average ← (1 − r) · average + r · student. The paper has 0.05 for
             science and mathematics, 0.01 for code.
+        teacher_adapter_decay (`float`, *optional*, defaults to `0.1`):
+            Share in [0, 1) of the `"lora"` teacher's adapter that fades after each rollout batch. The M-step moves the
+            student to the teacher, which is the student and the adapter: without a decay what the student has taken
+            over counts twice, and the teacher runs ahead for ever.
         save_teacher (`bool`, *optional*, defaults to `True`):
             Whether `save_model` writes the `"lora"` teacher's adapter to `teacher/adapter` beside the model, and a
             push to the Hub takes it along. Checkpoints hold what resuming needs in any case.
@@ -91,7 +95,8 @@ class VPDConfig(GRPOConfig):
             Completions per optimizer update of the E-step, over all processes; a multiple of
             `per_device_train_batch_size` × processes that divides the rollout batch. `None`: the whole rollout batch.
         e_step_learning_rate (`float` or `None`, *optional*):
-            Peak learning rate of the E-step; it follows the student's schedule. `None`: the student's.
+            Peak learning rate of the E-step; it follows the student's schedule. `None`: the student's, or ten times
+            that for the adapter of a `"lora"` teacher.
         e_step_min_per_class (`int`, *optional*, defaults to `1`):
             Fewest successes, and fewest failures, in an update of the E-step; with fewer it is skipped and counted.
         bco_temperature (`float`, *optional*, defaults to `0.1`):
@@ -144,7 +149,7 @@ class VPDConfig(GRPOConfig):
     # Teacher context
     teacher: str = field(default="shared", metadata={"help": "Weights of the M-step's targets: 'shared' (the student's), 'ema' (their moving average) or 'lora' (the student's and an adapter of the teacher's own)."})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate r in (0, 1] of the 'ema' teacher: average <- (1 - r) * average + r * student, once per rollout batch. Paper: 0.05 (science), 0.01 (code)."})
-    teacher_adapter_decay: float = field(default=0.0, metadata={"help": "Share of the 'lora' teacher's adapter that fades after each rollout batch, in [0, 1)."})
+    teacher_adapter_decay: float = field(default=0.1, metadata={"help": "Share of the 'lora' teacher's adapter that fades after each rollout batch, in [0, 1), as the student takes over what it does."})
     save_teacher: bool = field(default=True, metadata={"help": "Whether save_model and a push to the Hub take the 'lora' teacher's adapter along (folder teacher/adapter)."})
     teacher_template: str | None = field(default=None, metadata={"help": "The teacher's prompt, with the fields {prompt}, {solution}, {critique}. None: a template that suits the prompt's form."})
     solution_template: str = field(default="\n\nA correct solution:\n\n{solution}", metadata={"help": "Section of the teacher's prompt for a solution, with the field {solution}."})
@@ -156,7 +161,7 @@ class VPDConfig(GRPOConfig):
     e_step_frequency: int = field(default=5, metadata={"help": "F: an E-step runs on every F-th rollout batch. Paper: 5."})
     e_step_epochs: int = field(default=1, metadata={"help": "Passes over the rollout batch in one E-step."})
     e_step_batch_size: int | None = field(default=None, metadata={"help": "Completions per E-step update over all processes. None: the whole rollout batch, one update."})
-    e_step_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the E-step, on the student's schedule. None: the student's."})
+    e_step_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the E-step, on the student's schedule. None: the student's, or ten times that with teacher='lora'."})
     e_step_min_per_class: int = field(default=1, metadata={"help": "Fewest successes and failures for an E-step update; with fewer it is skipped."})
     bco_temperature: float = field(default=0.1, metadata={"help": "Temperature of the implicit reward (beta of the paper's equation 7). Paper: 0.1."})
     reward_shift_momentum: float = field(default=0.5, metadata={"help": "Momentum in [0, 1) of the moving-average reward shift (equation 9)."})
@@ -248,6 +253,7 @@ class VPDConfig(GRPOConfig):
             )
         self._check_number("success_threshold", "a finite number", lambda x: abs(x) != float("inf"))
         self._check_number("teacher_update_rate", "a number in (0, 1]", lambda x: 0 < x <= 1)
+        self._check_number("teacher_adapter_decay", "a number in [0, 1)", lambda x: 0 <= x < 1)
         self._check_number("bco_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"))
         self._check_number("reward_shift_momentum", "a number in [0, 1)", lambda x: 0 <= x < 1)
         self._check_number(

@@ -57,6 +57,9 @@ class LoRATeacher(SharedTeacher):
 
     trains_student = False
 
+    # Adapters take higher rates than the weights below them
+    default_learning_rate_scale = 10.0
+
     def __init__(self, trainer: VPDTrainer, config: LoraConfig | None = None) -> None:
         super().__init__(trainer)
         # A copy: PEFT writes into it
@@ -157,6 +160,11 @@ class LoRATeacher(SharedTeacher):
 
     @torch.no_grad()
     def after_rollout_batch(self) -> None:
+        """
+        Let the adapter fade.
+
+        The M-steps have moved the student towards student + adapter. What the student took over would count twice.
+        """
         for name, parameter in self.parameters.items():
             if "lora_B" in name or "lora_embedding_B" in name:
                 parameter.mul_(1 - self.trainer.args.teacher_adapter_decay)

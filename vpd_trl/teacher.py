@@ -104,6 +104,8 @@ class SharedTeacher:
     # Whether the E-step trains the student's weights
     trains_student = True
 
+    default_learning_rate_scale = 1.0
+
     def __init__(self, trainer: VPDTrainer) -> None:
         self.trainer = trainer
 
@@ -128,7 +130,9 @@ class SharedTeacher:
     def learning_rate_scale(self) -> float:
         """The E-step's learning rate over the student's at the same step of the schedule."""
         args = self.trainer.args
-        return 1.0 if args.e_step_learning_rate is None else args.e_step_learning_rate / args.learning_rate
+        if args.e_step_learning_rate is None:
+            return self.default_learning_rate_scale
+        return args.e_step_learning_rate / args.learning_rate
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:

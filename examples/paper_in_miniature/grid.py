@@ -1,8 +1,8 @@
 """
 The tables as lists of runs, and the command that makes them.
 
-    python -m examples.paper_in_miniature.grid tune          # a learning rate for each system
-    python -m examples.paper_in_miniature.grid table_1_2     # one experiment
+    python -m examples.paper_in_miniature.grid tune          # a learning rate and a field for each system
+    python -m examples.paper_in_miniature.grid table_1       # one experiment
     python -m examples.paper_in_miniature.grid all           # everything, in the order below
 
 Runs that are in `results/runs.jsonl` are not made again, so a command that was stopped goes on where it was. Each run
@@ -12,20 +12,19 @@ takes one core; `--workers` says how many there are at a time.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from .run import Cell
-from .task import DOMAINS, RIGID
+from .task import DOMAINS
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,51 +33,83 @@ TUNED = RESULTS / "tuned.json"
 
 SEEDS = (0, 1, 2, 3, 4)  # reported
 TUNING_SEEDS = (100,)  # never reported
-LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)  # the budget of every system, whatever its feedback
+TUNING_DOMAINS = ("cipher", "mirror")
+# Symbols of an answer: what an environment says can be used where hardly any rollout succeeds, siblings can't
+LENGTHS = {"environment": 3, "siblings": 2, "critique": 2}
+
+KEPT_METRICS = (
+    "step",
+    "reward",
+    "entropy",
+    "completions/clipped_ratio",
+    "teacher/log_ratio_margin",
+    "m_step/divergence",
+    "e_step/reward_margin",
+    "e_step/skipped",
+    "feedback/coverage",
+)
+
+Overrides = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class System:
-    """A row of the paper's tables."""
+    """
+    A row of the paper's tables.
+
+    `candidates` are what tuning chooses from: a learning rate and fields of `VPDConfig`. Each system has four.
+    """
 
     name: str
     method: str
     teacher: str = "shared"
-    overrides: tuple[tuple[str, Any], ...] = ()
+    candidates: tuple[tuple[float, Overrides], ...] = ()
 
 
-GRPO = System("GRPO", "grpo")
-SDPO = System("SDPO, live teacher", "sdpo")
-SDPO_EMA = System("SDPO, EMA teacher", "sdpo", "ema")
-JOINT = System("SDPO+RL, joint loss", "joint_loss")
-RESHAPE = System("SDPO+RL, advantage reshaping", "advantage_reshaping")
-REWEIGHT = System("SDPO+RL, advantage reweighting", "advantage_reweighting")
-VPD = System("VPD, shared teacher", "vpd")
-VPD_EMA = System("VPD, EMA teacher", "vpd", "ema")
-VPD_LORA = System("VPD, LoRA teacher", "vpd", "lora")
+def candidates(field: str, *values: Any) -> tuple[tuple[float, Overrides], ...]:
+    """Two learning rates times two values of the field that matters most to a method."""
+    return tuple((rate, ((field, value),)) for rate in (3e-4, 6e-4) for value in values)
+
+
+DIVERGENCE = candidates("divergence", "jsd", "forward_kl")
+MIX = candidates("advantage_mix", 0.5, 0.1)
+
+GRPO = System("GRPO", "grpo", candidates=tuple((rate, ()) for rate in (3e-4, 6e-4, 1e-3, 2e-3)))
+SDPO = System("SDPO, live teacher", "sdpo", "shared", DIVERGENCE)
+SDPO_EMA = System("SDPO, EMA teacher", "sdpo", "ema", DIVERGENCE)
+JOINT = System("SDPO+RL, joint loss", "joint_loss", "shared", DIVERGENCE)
+RESHAPE = System("SDPO+RL, advantage reshaping", "advantage_reshaping", "shared", MIX)
+REWEIGHT = System("SDPO+RL, advantage reweighting", "advantage_reweighting", "shared", MIX)
+VPD = System("VPD, shared teacher", "vpd", "shared", DIVERGENCE)
+VPD_EMA = System("VPD, EMA teacher", "vpd", "ema", DIVERGENCE)
+VPD_LORA = System("VPD, LoRA teacher", "vpd", "lora", DIVERGENCE)
 SYSTEMS = (GRPO, SDPO, SDPO_EMA, JOINT, RESHAPE, REWEIGHT, VPD, VPD_EMA, VPD_LORA)
+
+Tuned = dict[str, int]  # the chosen candidate of each system with each feedback
 
 
 def tuning_name(system: System, feedback: str) -> str:
-    """Under which a system's learning rate is kept. GRPO makes no use of feedback."""
-    return system.name if system.method == "grpo" else f"{system.name} / {feedback}"
+    return f"{system.name} / {feedback}"
 
 
-def cell(system: System, feedback: str, domain: str, seed: int, tuned: dict[str, float], **changes: Any) -> Cell:
-    """A run of a system at its tuned learning rate."""
-    overrides = (*system.overrides, *changes.pop("overrides", ()))
-    return Cell(
+def cell(system: System, feedback: str, domain: str, seed: int, tuned: Tuned, **changes: Any) -> Cell:
+    """A run of a system as it was tuned."""
+    rate, overrides = system.candidates[tuned[tuning_name(system, feedback)]]
+    values: dict[str, Any] = dict(
         method=system.method,
         teacher=system.teacher,
+        # GRPO makes no use of feedback
         feedback="environment" if system.method == "grpo" else feedback,
+        length=LENGTHS[feedback],
         domain=domain,
         seed=seed,
-        overrides=overrides,
-        **{"learning_rate": tuned[tuning_name(system, feedback)], **changes},
+        learning_rate=rate,
+        overrides=(*overrides, *changes.pop("overrides", ())),
     )
+    return Cell(**{**values, **changes})
 
 
-def seeds_of(system: System, feedback: str, tuned: dict[str, float], **changes: Any) -> Iterator[Cell]:
+def rows_of(system: System, feedback: str, tuned: Tuned, **changes: Any) -> Iterator[Cell]:
     """The runs behind one row: every domain, every reported seed. Seeds come first, so that rows fill up evenly."""
     for seed in SEEDS:
         for domain in DOMAINS:
@@ -88,35 +119,50 @@ def seeds_of(system: System, feedback: str, tuned: dict[str, float], **changes: 
 # ---- Experiments: a name, and what it runs given the tuned learning rates
 
 
+TUNED_SYSTEMS = [("environment", s) for s in SYSTEMS] + [("siblings", s) for s in SYSTEMS]
+TUNED_SYSTEMS += [("critique", SDPO), ("critique", VPD)]
+
+
+def trials(system: System, feedback: str, candidate: int) -> list[Cell]:
+    tuned = {tuning_name(system, feedback): candidate}
+    return [cell(system, feedback, d, s, tuned) for s in TUNING_SEEDS for d in TUNING_DOMAINS]
+
+
 def tune() -> list[Cell]:
-    cells = []
-    for feedback, systems in (("environment", SYSTEMS), ("siblings", SYSTEMS), ("critique", (SDPO, VPD))):
-        for system in systems:
-            for rate in LEARNING_RATES:
-                tuned = {tuning_name(system, feedback): rate}
-                cells += [cell(system, feedback, d, s, tuned) for s in TUNING_SEEDS for d in DOMAINS]
-    return cells
+    return [c for feedback, s in TUNED_SYSTEMS for i in range(len(s.candidates)) for c in trials(s, feedback, i)]
 
 
-def table_1_2(tuned: dict[str, float]) -> list[Cell]:
-    rows = [seeds_of(s, f, tuned) for f in ("environment", "siblings") for s in SYSTEMS]
+def table_1(tuned: Tuned) -> list[Cell]:
+    """Environment feedback."""
+    return evenly(*(rows_of(system, "environment", tuned) for system in SYSTEMS))
+
+
+def table_2(tuned: Tuned) -> list[Cell]:
+    """Siblings."""
+    return evenly(*(rows_of(system, "siblings", tuned) for system in SYSTEMS))
+
+
+def table_3(tuned: Tuned) -> list[Cell]:
+    """Self-critique; siblings are in table 2."""
+    return evenly(*(rows_of(system, "critique", tuned) for system in (SDPO, VPD)))
+
+
+def table_4(tuned: Tuned) -> list[Cell]:
+    """E-steps on every batch and on every tenth; on every fifth is in tables 1 and 2."""
+    return evenly(
+        *(
+            rows_of(VPD, feedback, tuned, overrides=(("e_step_frequency", frequency),))
+            for feedback in ("environment", "siblings")
+            for frequency in (1, 10)
+        )
+    )
+
+
+def evenly(*rows: Iterator[Cell]) -> list[Cell]:
     return [c for group in zip(*rows, strict=True) for c in group]
 
 
-def table_3(tuned: dict[str, float]) -> list[Cell]:
-    return [c for s in (SDPO, VPD) for c in seeds_of(s, "critique", tuned)]
-
-
-def table_4(tuned: dict[str, float]) -> list[Cell]:
-    return [
-        c
-        for feedback in ("environment", "siblings")
-        for frequency in (1, 10)  # 5 is in table_1_2
-        for c in seeds_of(VPD, feedback, tuned, overrides=(("e_step_frequency", frequency),))
-    ]
-
-
-EXPERIMENTS = {"table_1_2": table_1_2, "table_3": table_3, "table_4": table_4}
+EXPERIMENTS = {"table_1": table_1, "table_2": table_2, "table_3": table_3, "table_4": table_4}
 
 
 # ---- Running
@@ -141,31 +187,33 @@ def load() -> dict[str, dict[str, Any]]:
     return {json.dumps(row["cell"], sort_keys=True): row for row in rows}
 
 
-def choose_learning_rates() -> dict[str, float]:
-    """For each system the learning rate with the highest mean held-out accuracy on the tuning seeds."""
-    runs, scores = load(), {}
-    for c in tune():
-        system = next(s for s in SYSTEMS if (s.method, s.teacher) == (c.method, c.teacher))
-        if (row := runs.get(key(c))) is not None:
-            for feedback in ("environment", "siblings") if c.method == "grpo" else (c.feedback,):
-                name = tuning_name(system, feedback)
-                scores.setdefault(name, {}).setdefault(c.learning_rate, []).append(row["after"]["held_out"])
-    means = {n: {rate: sum(v) / len(v) for rate, v in rates.items()} for n, rates in scores.items()}
-    chosen = {name: max(rates, key=rates.__getitem__) for name, rates in means.items()}
+def choose() -> Tuned:
+    """For each system the candidate with the highest mean held-out accuracy on the tuning seeds."""
+    runs, chosen, grid = load(), {}, {}
+    for feedback, system in TUNED_SYSTEMS:
+        name, scores = tuning_name(system, feedback), []
+        for i, (rate, overrides) in enumerate(system.candidates):
+            accuracies = [runs[key(c)]["after"]["held_out"] for c in trials(system, feedback, i)]
+            scores.append(sum(accuracies) / len(accuracies))
+            grid.setdefault(name, []).append(
+                {"learning_rate": rate, **dict(overrides), "accuracies": [round(a, 4) for a in accuracies]}
+            )
+        chosen[name] = max(range(len(scores)), key=scores.__getitem__)
     report = {
         "command": "python -m examples.paper_in_miniature.grid tune",
+        "commits": sorted({runs[key(c)]["commit"] for c in tune()}),
         "seeds": TUNING_SEEDS,
-        "grid": LEARNING_RATES,
-        "mean held-out accuracy": {n: {f"{r:g}": round(m, 4) for r, m in rates.items()} for n, rates in means.items()},
+        "domains": TUNING_DOMAINS,
         "chosen": chosen,
+        "candidates": grid,
     }
     TUNED.write_text(json.dumps(report, indent=1) + "\n")
     return chosen
 
 
-def tuned_learning_rates() -> dict[str, float]:
+def read_tuned() -> Tuned:
     if not TUNED.exists():
-        sys.exit("Learning rates are not tuned yet: run the command with `tune` first.")
+        sys.exit("The systems are not tuned yet: run the command with `tune` first.")
     return json.loads(TUNED.read_text())["chosen"]
 
 
@@ -192,8 +240,9 @@ def commit() -> str:
 
 def record(result: dict[str, Any], c: Cell, version: str) -> dict[str, Any]:
     """What is kept of a run."""
-    kept = {name: result[name] for name in ("before", "after", "curve", "history", "seconds")}
-    return {"cell": described(c), **kept, "commit": version}
+    kept = {name: result[name] for name in ("before", "after", "curve", "seconds")}
+    history = {name: curve for name, curve in result["history"].items() if name in KEPT_METRICS}
+    return {"cell": described(c), **kept, "history": history, "commit": version}
 
 
 def make(cells: list[Cell], workers: int) -> None:
@@ -230,10 +279,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.experiment in ("tune", "all"):
         make(tune(), args.workers)
-        choose_learning_rates()
+        choose()
     for name, cells in EXPERIMENTS.items():
         if args.experiment in (name, "all"):
-            make(cells(tuned_learning_rates()), args.workers)
+            make(cells(read_tuned()), args.workers)
 
 
 if __name__ == "__main__":

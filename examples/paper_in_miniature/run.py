@@ -39,7 +39,7 @@ from . import base, task
 FEEDBACK = ("environment", "siblings", "critique")
 CURVE_POINTS = 8  # of held-out accuracy during training
 HISTORY_POINTS = 25  # of the metrics' curves
-METRICS = ("reward", "entropy", "teacher/", "m_step/", "e_step/", "feedback/", "loss", "grad_norm")
+METRICS = ("reward", "entropy", "teacher/", "m_step/", "e_step/", "feedback/", "completions/", "loss", "grad_norm")
 # The paper's evaluation
 TEMPERATURE, TOP_P = 0.6, 0.95
 
