@@ -113,7 +113,7 @@ def test_in_a_chain_noise_spares_the_result():
 
 def test_texts_and_templates_are_words_of_the_tokenizer():
     vocabulary = base.tokenizer()
-    assert len(vocabulary) <= 64
+    assert len(vocabulary) <= 80
     attempt = f"{base.FENCE} 0¹ 1² {base.FENCE}"
     critic = task.fill(task.CRITIC_TEMPLATE, prompt="cipher a b =", attempt=attempt, answer="3¹ 5²")
     solution = task.fill(task.SOLUTION_TEMPLATE, solution="3¹ 5²")
