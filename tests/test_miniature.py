@@ -71,13 +71,16 @@ def test_held_out_answers_follow_from_single_letters():
         assert [code[letter] for letter in problem.question.split()[1:-1]] == task.symbols_of(problem.answer)
 
 
-def test_in_a_chain_each_symbol_follows_from_the_one_before():
+def test_in_a_chain_each_symbol_follows_from_the_one_before_and_the_second_letter():
     train, held_out = task.problems(task.RIGID, 3, SYMBOLS, seed=0)
-    followers = {}
+    tables: dict[str, dict[int, int]] = {}
     for problem in train + held_out:
-        symbols = task.symbols_of(problem.answer)
-        for before, after in pairwise(symbols):
-            assert followers.setdefault(before, after) == after
+        _, _, second, *_ = problem.question.split()
+        steps = [int(word[0]) for word in problem.answer.split()]
+        table = tables.setdefault(second, {})
+        for one, next_one in pairwise(steps):
+            assert table.setdefault(one, next_one) == next_one
+    assert len({json.dumps(sorted(t.items())) for t in tables.values() if len(t) == SYMBOLS}) == 2
 
 
 def test_the_reward_is_exact_match():

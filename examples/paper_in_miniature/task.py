@@ -80,8 +80,8 @@ def hidden_rule(domain: str, length: int, symbols: int, seed: int) -> Rule:
     - `shift`: symbol i is letter i's number plus a hidden offset of place i, modulo `symbols`.
     - `mirror`: as `cipher`, but of the letters from the last to the first.
     - `facts`: the symbols are taken in turn from a table of the first letter and one of the second.
-    - `chain`: the first letter is substituted, and then each symbol by a hidden successor of it: whoever errs once
-      has everything wrong from there on.
+    - `chain`: the first letter is substituted, then each symbol by a hidden successor, of which there are two tables;
+      the second letter says which one holds. Whoever errs once has everything wrong from there on.
 
     Over all questions every symbol is as frequent as any other at each place, in each domain.
     """
@@ -106,8 +106,9 @@ def hidden_rule(domain: str, length: int, symbols: int, seed: int) -> Rule:
         tables = [table(places[i % 2]) for i in range(length)]
         return lambda x: [tables[i][x[i % 2]] for i in range(length)]
     if domain == RIGID:
-        code, successor = table(places[0]), rng.sample(range(symbols), symbols)
-        return lambda x: derivation(code[x[0]], successor, length)
+        code, half = table(places[0]), table(places[1])
+        successors = [rng.sample(range(symbols), symbols) for _ in range(2)]
+        return lambda x: derivation(code[x[0]], successors[half[x[1]] % 2], length)
     raise ValueError(f"domain must be one of {(*DOMAINS, RIGID)}; got {domain!r}.")
 
 
