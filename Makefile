@@ -3,13 +3,23 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := demo
-.PHONY: venv demo test test-slow lint build clean
+PAPER_WORKERS ?= 2
+
+.PHONY: venv demo paper paper-runs test test-slow lint build clean
 
 venv: $(VENV)/.dev $(VENV)/.demo
 
 # A real model learns from feedback on a CPU: about ten minutes, installation included
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo/demo.py
+
+# The tables and plots of examples/paper_in_miniature from its results file: seconds
+paper: $(VENV)/.dev
+	$(VENV)/bin/python -m examples.paper_in_miniature.report
+
+# All runs that the results file lacks; from nothing that takes hours
+paper-runs: $(VENV)/.dev
+	$(VENV)/bin/python -m examples.paper_in_miniature.grid all --workers $(PAPER_WORKERS)
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest

@@ -9,70 +9,22 @@ writes a JSON file for each table, the plots, and the tables in `README.md` betw
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
-from . import grid
-from .grid import RESULTS, SDPO, SYSTEMS, VPD, System, Tuned
+from . import grid, plots
+from .grid import GRPO, RESULTS, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_LORA, System, Tuned
 from .run import Cell
-from .task import DOMAINS
+from .statistics import Estimate, average, estimate
+from .task import DOMAINS, RIGID
 
 
 PAGE = Path(__file__).parent / "README.md"
-LEVEL = 0.95
-
 Runs = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean of runs and half the width of its 95 % interval, which is infinite for a single run."""
-
-    mean: float
-    half: float
-    runs: int
-
-    def __str__(self) -> str:
-        return (
-            f"{100 * self.mean:.1f} ± {100 * self.half:.1f}" if math.isfinite(self.half) else f"{100 * self.mean:.1f}"
-        )
-
-
-def estimate(values: Iterable[float]) -> Estimate:
-    """Mean and t-interval."""
-    return average([list(values)])
-
-
-def average(groups: list[list[float]]) -> Estimate:
-    """
-    The mean of the groups' means, with the interval that the spread within groups gives (Welch–Satterthwaite).
-
-    Groups are domains: their difference is no error of the mean over them.
-    """
-    groups = [group for group in groups if group]
-    if not groups:
-        return Estimate(math.nan, math.inf, 0)
-    runs = sum(map(len, groups))
-    mean = sum(sum(g) / len(g) for g in groups) / len(groups)
-    if min(map(len, groups)) < 2:
-        return Estimate(mean, math.inf, runs)
-    parts = [variance(g) / len(g) / len(groups) ** 2 for g in groups]
-    if not any(parts):
-        return Estimate(mean, 0.0, runs)
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(g) - 1) for p, g in zip(parts, groups, strict=True))
-    return Estimate(mean, float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(sum(parts)), runs)
-
-
-def variance(values: list[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((v - mean) ** 2 for v in values) / (len(values) - 1)
 
 
 @dataclass
@@ -151,6 +103,8 @@ def markdown(summary: dict[str, Any]) -> str:
         if row["average"]["runs"]:
             cells = [str(Estimate(**row[c])) for c in columns]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    if len(lines) == 2:
+        return "Not run yet."
     differences = {n: e for n, e in summary["differences"].items() if e["runs"]}
     if differences:
         lines += ["", "| difference, run by run | average |", "|---|---|"]
@@ -159,27 +113,64 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def tables(tuned: Tuned) -> list[Table]:
-    def row(system: System, feedback: str, label: str | None = None, **changes: Any) -> Row:
-        return Row(label or system.name, list(grid.rows_of(system, feedback, tuned, **changes)))
-
-    others = [(VPD.name, s.name) for s in SYSTEMS if s is not VPD]
-    made = [
-        Table("table_1", "Environment feedback", [row(s, "environment") for s in SYSTEMS], others),
-        Table("table_2", "Siblings", [row(s, "siblings") for s in SYSTEMS], others),
+    return [
+        main_table("table_1", "Environment feedback", "environment", tuned),
+        main_table("table_2", "Siblings", "siblings", tuned),
+        table_3(tuned),
+        table_4(tuned),
+        table_5(tuned),
+        cold_start(tuned),
+        rigid(tuned),
     ]
-    critique = [row(s, "critique", f"{s.name}, self-critique") for s in (SDPO, VPD)]
-    siblings = [row(s, "siblings", f"{s.name}, siblings") for s in (SDPO, VPD)]
+
+
+def row(system: System, feedback: str, tuned: Tuned, label: str | None = None, **changes: Any) -> Row:
+    return Row(label or system.name, list(grid.rows_of(system, feedback, tuned, **changes)))
+
+
+def main_table(name: str, caption: str, feedback: str, tuned: Tuned) -> Table:
+    pairs = [(first.name, s.name) for first in (VPD, VPD_LORA) for s in SYSTEMS if s is not first]
+    return Table(name, caption, [row(s, feedback, tuned) for s in SYSTEMS], pairs)
+
+
+def table_3(tuned: Tuned) -> Table:
+    rows = [row(s, "siblings", tuned, f"{s.name}, siblings") for s in (SDPO, VPD)]
+    rows += [row(s, "critique", tuned, f"{s.name}, self-critique") for s in (SDPO, VPD)]
     pairs = [(f"{VPD.name}, {f}", f"{SDPO.name}, {f}") for f in ("siblings", "self-critique")]
     pairs += [(f"{s.name}, self-critique", f"{s.name}, siblings") for s in (SDPO, VPD)]
-    made.append(Table("table_3", "Self-critique against siblings", [*siblings, *critique], pairs))
-    rows = []
+    return Table("table_3", "Self-critique against siblings", rows, pairs)
+
+
+def table_4(tuned: Tuned) -> Table:
+    rows, pairs = [], []
     for feedback in ("environment", "siblings"):
         for frequency in (1, 5, 10):
             changes = {} if frequency == 5 else {"overrides": (("e_step_frequency", frequency),)}
-            rows.append(row(VPD, feedback, f"{feedback}, F = {frequency}", **changes))
-    pairs = [(f"{f}, F = {n}", f"{f}, F = 5") for f in ("environment", "siblings") for n in (1, 10)]
-    made.append(Table("table_4", "How often there is an E-step", rows, pairs))
-    return made
+            rows.append(row(VPD, feedback, tuned, f"{feedback}, F = {frequency}", **changes))
+        pairs += [(f"{feedback}, F = {n}", f"{feedback}, F = 5") for n in (1, 10)]
+    return Table("table_4", "How often there is an E-step", rows, pairs)
+
+
+def table_5(tuned: Tuned) -> Table:
+    rows = [
+        row(VPD, "environment", tuned, "dynamic prior", steps=grid.LONG),
+        row(VPD, "environment", tuned, "fixed prior", steps=grid.LONG, overrides=grid.FIXED_PRIOR),
+    ]
+    return Table("table_5", f"The prior, after {grid.LONG} steps", rows, [("dynamic prior", "fixed prior")])
+
+
+def cold_start(tuned: Tuned) -> Table:
+    rows = [row(GRPO, "siblings", tuned, skill=0.0)]
+    rows += [row(s, "environment", tuned, length=2, skill=0.0) for s in (SDPO, SDPO_EMA, VPD, VPD_LORA)]
+    pairs = [(s.name, GRPO.name) for s in (SDPO, VPD, VPD_LORA)] + [(VPD.name, SDPO.name)]
+    return Table("cold_start", "A base model that can't read feedback", rows, pairs)
+
+
+def rigid(tuned: Tuned) -> Table:
+    seeds = sorted({c.seed for c in grid.rigid(tuned)})
+    rows = [Row(s.name, grid.rigid_runs(s, tuned, seeds)) for s in grid.RIGID_SYSTEMS]
+    pairs = [(s.name, GRPO.name) for s in (SDPO, VPD, VPD_LORA)] + [(VPD.name, SDPO.name)]
+    return Table("rigid", "A chain of which feedback makes up all but the end", rows, pairs, (RIGID,))
 
 
 def write_page(parts: dict[str, str]) -> None:
@@ -202,6 +193,7 @@ def main() -> None:
         parts[table.name] = markdown(summary)
         print(f"\n{table.caption}\n{parts[table.name]}")
     write_page(parts)
+    plots.draw_all(runs, tuned, RESULTS)
 
 
 if __name__ == "__main__":

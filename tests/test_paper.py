@@ -1,0 +1,132 @@
+"""The tables of the paper in miniature are what its runs say."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from examples.paper_in_miniature import grid, report
+from examples.paper_in_miniature.run import Cell
+from examples.paper_in_miniature.statistics import Estimate, average, estimate
+from examples.paper_in_miniature.task import DOMAINS
+
+
+def test_an_interval_is_students():
+    # Mean 3, variance 2.5, standard error sqrt(0.5), t(4) = 2.776
+    got = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (got.mean, got.runs) == (3.0, 5)
+    assert got.half == pytest.approx(2.7764 * math.sqrt(0.5), rel=1e-4)
+
+
+def test_the_difference_between_domains_widens_no_average():
+    same, apart = average([[0.1, 0.2, 0.3]] * 2), average([[0.1, 0.2, 0.3], [0.7, 0.8, 0.9]])
+    assert same.half == pytest.approx(apart.half)
+    assert apart.mean == pytest.approx(0.5)
+    # Two groups of variance 0.01: standard error sqrt(2 · 0.01 / 3) / 2, with 4 degrees of freedom
+    assert same.half == pytest.approx(2.7764 * math.sqrt(2 * 0.01 / 3) / 2, rel=1e-4)
+
+
+def test_a_single_run_has_no_interval():
+    assert str(estimate([0.25])) == "25.0"
+    assert str(estimate([0.25, 0.25])) == "25.0 ± 0.0"
+    assert math.isnan(estimate([]).mean)
+
+
+TUNED = {grid.tuning_name(system, feedback): 1 for feedback, system in grid.TUNED_SYSTEMS}
+
+
+def test_every_system_is_tuned_with_the_same_budget_and_never_on_reported_seeds():
+    assert {len(system.candidates) for system in grid.SYSTEMS} == {4}
+    assert all(len(set(system.candidates)) == 4 for system in grid.SYSTEMS)
+    tried = {c.seed for c in grid.tune()}
+    reported = {c.seed for experiment in grid.EXPERIMENTS.values() for c in experiment(TUNED)}
+    assert tried.isdisjoint(reported)
+
+
+@pytest.mark.parametrize("name", grid.EXPERIMENTS)
+def test_every_cell_of_an_experiment_has_at_least_five_seeds(name):
+    seeds: dict[Cell, set[int]] = {}
+    for c in grid.EXPERIMENTS[name](TUNED):
+        seeds.setdefault(replace(c, seed=0), set()).add(c.seed)
+    assert min(map(len, seeds.values())) >= 5
+
+
+def test_a_run_is_known_by_what_it_is():
+    one, other = Cell(seed=1), Cell(seed=1, overrides=(("e_step_frequency", 1),))
+    assert grid.key(one) == json.dumps({"seed": 1})
+    assert grid.key(one) != grid.key(other)
+    assert grid.key(other) == json.dumps(grid.described(other), sort_keys=True)
+
+
+def runs_of(accuracies):
+    """Runs of two systems, by label, domain and seed."""
+    cells = {"A": {}, "B": {}}
+    runs = {}
+    for (label, domain, seed), accuracy in accuracies.items():
+        c = Cell(method="sdpo" if label == "A" else "vpd", domain=domain, seed=seed)
+        cells[label][c] = None
+        runs[grid.key(c)] = {"after": {"held_out": accuracy}, "before": {"held_out": 0.01}, "commit": "abc"}
+    return [report.Row(label, list(found)) for label, found in cells.items()], runs
+
+
+def test_differences_are_taken_run_by_run():
+    accuracies = {}
+    for domain in DOMAINS:
+        for seed, level in enumerate((0.1, 0.5, 0.9)):
+            accuracies["A", domain, seed] = level
+            accuracies["B", domain, seed] = level + 0.05
+    rows, runs = runs_of(accuracies)
+    summary = report.Table("x", "", rows, [("B", "A")]).summary(runs)
+    assert summary["differences"]["B − A"]["mean"] == pytest.approx(0.05)
+    assert summary["differences"]["B − A"]["half"] == pytest.approx(0.0, abs=1e-9)
+    assert summary["rows"]["A"]["average"]["half"] > 0.1
+    assert summary["rows"]["Base model"]["average"]["mean"] == pytest.approx(0.01)
+    assert (summary["seeds"], summary["commits"]) == ([0, 1, 2], ["abc"])
+
+
+def test_missing_runs_are_left_out_and_counted():
+    rows, runs = runs_of({("A", "cipher", 0): 0.2, ("A", "cipher", 1): 0.4, ("B", "cipher", 1): 0.5})
+    del runs[grid.key(rows[0].cells[1])]
+    summary = report.Table("x", "", rows, [("B", "A")]).summary(runs)
+    assert summary["rows"]["A"]["cipher"]["runs"] == 1
+    assert summary["differences"]["B − A"]["runs"] == 0
+    assert "B − A" not in report.markdown(summary)
+
+
+results = pytest.mark.skipif(not grid.TUNED.exists(), reason="no results yet")
+
+
+@results
+def test_the_tables_are_those_of_the_runs():
+    runs, page = grid.load(), report.PAGE.read_text()
+    for table in report.tables(grid.read_tuned()):
+        summary = json.loads(json.dumps(table.summary(runs)))
+        assert summary == json.loads((grid.RESULTS / f"{table.name}.json").read_text()), table.name
+        shown = re.search(rf"<!-- {table.name} -->\n(.*?)\n?<!-- /{table.name} -->", page, re.DOTALL)[1]
+        assert shown == report.markdown(summary)
+
+
+@results
+def test_the_choice_of_each_system_is_its_best_candidate():
+    tuned = json.loads(grid.TUNED.read_text())
+    for name, candidates in tuned["candidates"].items():
+        means = [sum(c["accuracies"]) / len(c["accuracies"]) for c in candidates]
+        assert means[tuned["chosen"][name]] == max(means), name
+
+
+@results
+@pytest.mark.slow
+def test_a_cell_run_again_is_within_its_interval():
+    from examples.paper_in_miniature.run import run
+
+    cells = [c for c in grid.rows_of(grid.SDPO, "siblings", grid.read_tuned(), ("cipher",)) if c.seed < 2]
+    runs = grid.load()
+    kept = [
+        runs[grid.key(c)]["after"]["held_out"]
+        for c in grid.rows_of(grid.SDPO, "siblings", grid.read_tuned(), ("cipher",))
+    ]
+    interval: Estimate = estimate(kept)
+    again = [run(c)["after"]["held_out"] for c in cells]
+    assert abs(sum(again) / 2 - sum(kept[:2]) / 2) <= max(interval.half, 0.02)
