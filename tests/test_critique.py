@@ -269,6 +269,8 @@ NOT_CONTAINED = [
     ("x_B", "B"),
     ("B_1", "B"),
     ("B-cells", "B"),
+    ("at 20 °C", "C"),
+    ("at 20°C", "C"),
     ("options A-D", "A"),
     ("options A-D", "D"),
     ("312", "12"),

@@ -1,12 +1,14 @@
 """The three hybrids are GRPO or SDPO where their mixing weight is neutral, and their equations where it is not."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trl import GRPOTrainer
 
 from tests import tiny
+from vpd_trl import checks
 from vpd_trl.losses import reshaped_advantages, reweighted_advantages
 
 
@@ -170,30 +172,102 @@ def test_the_paper_lets_reweighting_decay_and_reshaping_stay(tmp_path):
     assert constant.advantage_mix_decay == "constant"
 
 
-@pytest.mark.parametrize("method", ADVANTAGE_METHODS)
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo"])
-def test_every_loss_of_grpo_takes_the_advantages_of_tokens(tmp_path, method, loss_type):
-    level = "sequence" if loss_type == "luspo" else "token"
-    trainer = tiny.trainer(
-        tmp_path, method=method, loss_type=loss_type, importance_sampling_level=level, max_steps=1, learning_rate=1e-2
-    )
-    before = tiny.weights(trainer)
-    trainer.train()
-    after = tiny.weights(trainer)
-    assert not tiny.same(before, after)
-    assert all(weight.isfinite().all() for weight in after.values())
-
-
-@pytest.mark.parametrize("method", ADVANTAGE_METHODS)
-def test_the_teachers_log_ratios_are_of_the_average_where_the_teacher_is_one(tmp_path, method):
-    trainer = tiny.trainer(tmp_path, method=method, teacher="ema", max_steps=1)
+def test_the_log_ratios_are_of_the_average_where_the_teacher_is_one(tmp_path):
+    trainer = tiny.trainer(tmp_path, method="advantage_reshaping", advantage_mix=1.0, teacher="ema", max_steps=1)
     for weight in trainer.teacher.average.weights.values():
         weight.mul_(1.5)
-    swapped = trainer.teacher.target_context
-    entered = []
-    trainer.teacher.target_context = lambda: (entered.append(True), swapped())[1]
+    shape, seen = trainer.shape_advantages, {}
+
+    def spy(batch):
+        with trainer.teacher.average.swapped_in():
+            of_average = trainer.scorer.frozen_logps(batch, teacher=True)
+        of_student = trainer.scorer.frozen_logps(batch)
+        got = shape(batch)
+        seen["right"] = torch.allclose(got, of_average - of_student, atol=1e-6)
+        of_shared = trainer.scorer.frozen_logps(batch, teacher=True) - of_student
+        seen["shared"] = torch.allclose(got, of_shared, atol=1e-3)
+        return got
+
+    trainer.shape_advantages = spy
     trainer.train()
-    assert entered
+    assert seen == {"right": True, "shared": False}
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo"])
+def test_the_gradient_is_the_policy_gradient_with_an_advantage_for_each_token(tmp_path, loss_type):
+    """On-policy every loss of GRPO has the gradient of −Σ A_t · log π(y_t), up to its normaliser."""
+    trainer = tiny.trainer(
+        tmp_path,
+        method="advantage_reshaping",
+        advantage_mix=0.7,
+        loss_type=loss_type,
+        epsilon_high=5.0,  # cispo takes it for the largest ratio
+        reward_funcs=every_other,
+        max_steps=1,
+        gradient_accumulation_steps=1,
+        feedback_fn=lambda completion_ids, **k: ["x" * (3 + 9 * i) for i in range(len(completion_ids))],
+    )
+    found = {}
+    step = trainer.training_step
+
+    def training_step(model, inputs, num_items_in_batch=None):
+        loss = step(model, inputs, num_items_in_batch)
+        (batch,) = trainer._buffered_inputs
+        found["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        mask = batch["completion_mask"]
+        logps = trainer.scorer.sampled_logps(model, batch, teacher=False)
+        per_token = -batch["advantages"] * logps * mask
+        normalizer = {
+            "grpo": mask.sum(-1, keepdim=True) * len(mask),
+            "dr_grpo": len(mask) * trainer.max_completion_length,
+        }.get(loss_type, mask.sum())
+        (per_token / normalizer).sum().backward()
+        found["expected"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert found["expected"].abs().max() > 1e-4
+    assert torch.allclose(found["gradient"], found["expected"], atol=1e-6, rtol=1e-3)
+
+
+def test_the_importance_clip_of_the_m_step_leaves_grpos_loss_alone(tmp_path):
+    plain = {"method": "joint_loss", "joint_rl_weight": 1.0, "joint_kl_weight": 1e-9}
+    without = trained(tmp_path / "a", **plain)
+    with_clip = trained(tmp_path / "b", m_step_importance_clip=2.0, **plain)
+    for a, b in zip(tiny.weights(without).values(), tiny.weights(with_clip).values(), strict=True):
+        assert torch.equal(a, b)
+    assert "old_per_token_logps" not in with_clip._buffered_inputs[0]
+
+
+@pytest.mark.parametrize("rl_weight", [0.0, 0.5])
+def test_the_entropy_is_logged_once_whatever_the_weights(tmp_path, rl_weight):
+    trainer = tiny.trainer(tmp_path, method="joint_loss", joint_rl_weight=rl_weight, max_steps=1)
+    recorded = []
+    log = trainer.log
+
+    def spy(logs, *args, **kwargs):
+        recorded.append(len(trainer._metrics["train"].get("entropy", [])))
+        return log(logs, *args, **kwargs)
+
+    trainer.log = spy
+    trainer.train()
+    # GRPO's loss records it for each of the two micro-batches, the M-step once a step
+    assert recorded[0] == (2 if rl_weight else 1)
+
+
+def test_joint_loss_with_reentrant_checkpoints_is_refused_on_several_processes(tmp_path):
+    trainer = tiny.trainer(
+        tmp_path,
+        method="joint_loss",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    checks.check_model(trainer)
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        checks.check_model(trainer)
 
 
 def test_a_hybrid_needs_rewards_and_feedback(tmp_path):

@@ -6,7 +6,9 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests import tiny
@@ -324,6 +326,157 @@ def test_the_adapter_fades_once_after_each_rollout_batch(tmp_path, iterations):
         assert torch.allclose(now, kept * before[name]), name
 
 
+def test_dropout_of_the_adapter_acts_in_e_steps_and_not_in_targets(tmp_path):
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear")
+    trainer = build(tmp_path, max_steps=1, teacher_peft_config=config)
+    (batch, *_) = rollouts(trainer)
+    randomize(trainer)
+
+    def scores(call):
+        return [call().detach() for _ in range(2)]
+
+    with trainer.teacher.training_context():
+        one, other = scores(lambda: trainer.scorer.sampled_logps(trainer.model, batch, teacher=True))
+        assert not torch.equal(one, other)
+        one, other = scores(lambda: trainer.scorer.frozen_logps(batch, teacher=True))
+        assert torch.equal(one, other)
+    mask = loss_mask(batch).bool()
+    one, other = scores(lambda: trainer.scorer.divergence(trainer.model, batch, mask)[0].divergence)
+    assert torch.equal(one, other)
+
+
+def test_the_adapter_of_a_bfloat16_student_is_kept_in_float32(tmp_path):
+    trainer = build(tmp_path, mdl=tiny.model(tiny.tokenizer()).to(torch.bfloat16))
+    trainer.train()
+    assert {p.dtype for p in trainer.teacher.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    assert any(p.abs().max() > 0 for n, p in trainer.teacher.parameters.items() if "lora_B" in n)
+
+
+def test_what_a_user_freezes_stays_frozen_and_what_is_replaced_is_frozen_too(tmp_path):
+    """A wrapper of sharded training puts other parameters in the place of the first ones."""
+    trainer = build(tmp_path)
+    trainer.model.model.embed_tokens.weight.requires_grad_(False)
+    layer = trainer.model.model.layers[0].mlp.gate_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    with trainer.teacher.training_context():
+        own = {id(p) for p in trainer.teacher.parameters.values()}
+        assert not any(p.requires_grad for p in trainer.model.parameters() if id(p) not in own)
+    assert not trainer.model.model.embed_tokens.weight.requires_grad
+    assert layer.weight.requires_grad
+
+
+OTHER_STUDENTS = {
+    "head trained whole": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "a layer trained whole": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]),
+    "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4, 5]),
+}
+
+
+@pytest.mark.parametrize("student", OTHER_STUDENTS)
+def test_modules_that_the_student_trains_whole_stay_its_own(tmp_path, student):
+    config = copy.deepcopy(OTHER_STUDENTS[student])
+    tied = student == "a layer trained whole"
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "base")
+    trainer = build(tmp_path / "run", mdl=str(tmp_path / "base"), tok=tokenizer, peft_config=config)
+    before = tiny.weights(trainer)
+    structure = str(trainer.model)
+    trainer.train()
+    randomize(trainer, 0.1)
+    assert str(trainer.model) == structure
+    assert not tiny.same(before, tiny.weights(trainer))
+    assert not any("modules_to_save" in n or "original_module" in n for n in trainer.teacher.parameters)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(loaded, tmp_path / "saved").merge_and_unload()
+    with torch.no_grad():
+        assert torch.allclose(loaded(prompt_ids()).logits, logits(trainer, teacher=False), atol=1e-5)
+        teacher = PeftModel.from_pretrained(loaded, tmp_path / "saved" / "teacher" / "adapter")
+        assert torch.allclose(teacher(prompt_ids()).logits, logits(trainer, teacher=True), atol=1e-5)
+
+
+def moe(**changes):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "vocab_size": len(tiny.tokenizer())}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, **changes))
+
+
+def test_a_mixture_of_experts_can_have_a_lora_teacher(tmp_path):
+    trainer = build(tmp_path, mdl=moe(), teacher_peft_config=None)
+    structure = str(trainer.model)
+    changes = watched(trainer)
+    trainer.train()
+    assert ("e_step", True, False) in changes
+    assert ("m_step", False, True) in changes
+    assert str(trainer.model) == structure
+
+
+def test_a_student_with_an_adapter_on_experts_is_refused(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match="can't be put on top of that"):
+        build(tmp_path, mdl=moe(), peft_config=config)
+
+
+def test_the_best_students_teacher_comes_back_with_it(tmp_path):
+    rewards = iter([1.0, 0.0, 0.0, 0.0])
+    trainer = build(
+        tmp_path,
+        eval_dataset=tiny.dataset(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        per_device_eval_batch_size=4,
+        lr_scheduler_type="constant",
+    )
+    seen = []
+    evaluate = trainer.evaluate
+
+    def scripted(*args, **kwargs):
+        seen.append(adapter(trainer))
+        return evaluate(*args, **kwargs) | {"eval_reward": next(rewards)}
+
+    trainer.evaluate = scripted
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert not tiny.same(seen[0], seen[2])
+    now = adapter(trainer)
+    # The decay after the rollout batch comes before the checkpoint, and the evaluation before both or after: by value
+    saved = torch.load(tmp_path / "checkpoint-1" / "vpd_state.pt", weights_only=True)["teacher"]["adapter"]
+    assert tiny.same(now, saved)
+
+
+@pytest.mark.parametrize("save_teacher_adapter", [True, False])
+def test_a_push_during_training_takes_the_teacher_that_goes_with_the_student(tmp_path, save_teacher_adapter):
+    trainer = build(tmp_path, save_teacher_adapter=save_teacher_adapter, save_strategy="steps", save_steps=1)
+    folder = tmp_path / "teacher" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"of an earlier run")
+    pushed = []
+
+    def push(checkpoint):
+        weights = folder / "adapter_model.safetensors"
+        pushed.append(load_file(weights) if weights.exists() else None)
+
+    original = GRPOTrainer._push_from_checkpoint
+    GRPOTrainer._push_from_checkpoint = lambda self, checkpoint: push(checkpoint)
+    try:
+        trainer.train()
+        trainer._push_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    finally:
+        GRPOTrainer._push_from_checkpoint = original
+    if save_teacher_adapter:
+        assert tiny.same(pushed[-1], adapter(trainer))
+    else:
+        assert pushed[-1] is None
+
+
 class FakeClient:
     """Takes what a vLLM server would be sent."""
 
@@ -409,11 +562,11 @@ def test_the_saved_adapter_makes_the_teacher_out_of_the_saved_student(tmp_path, 
     assert ("adapter_model.safetensors" in top) is (student == "lora")
 
 
-@pytest.mark.parametrize("save_teacher", [True, False])
-def test_the_adapter_can_be_left_out_of_what_is_saved_and_pushed(tmp_path, save_teacher):
-    trainer = build(tmp_path, save_teacher=save_teacher)
+@pytest.mark.parametrize("save_teacher_adapter", [True, False])
+def test_the_adapter_can_be_left_out_of_what_is_saved_and_pushed(tmp_path, save_teacher_adapter):
+    trainer = build(tmp_path, save_teacher_adapter=save_teacher_adapter)
     trainer.save_model(str(tmp_path / "saved"))
-    assert (tmp_path / "saved" / "teacher").exists() is save_teacher
+    assert (tmp_path / "saved" / "teacher").exists() is save_teacher_adapter
 
 
 def test_a_resumed_adapter_of_another_form_is_refused(tmp_path):
@@ -437,17 +590,21 @@ def test_a_lora_teacher_needs_no_configuration(tmp_path):
     assert {p.shape[0] for n, p in trainer.teacher.parameters.items() if "lora_A" in n} == {16}
 
 
+REFUSED = [
+    ({"use_dora": True}, "use_dora must be False"),
+    ({"bias": "all"}, "bias must be 'none'"),
+    ({"modules_to_save": ["up_proj"]}, "modules_to_save must be None"),
+    ({"trainable_token_indices": [4]}, "trainable_token_indices must be None"),
+    ({"layer_replication": [(0, 1), (0, 1)]}, "layer_replication must be None"),
+    ({"alora_invocation_tokens": [4]}, "alora_invocation_tokens must be None"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights must be True or 'gaussian'"),
+    ({"init_lora_weights": False}, "init_lora_weights must be True or 'gaussian'"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "adapts the output head"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, "use_dora must be False"),
-        ({"bias": "all"}, "bias must be 'none'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save must be None"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be True or 'gaussian'"),
-        ({"init_lora_weights": False}, "init_lora_weights must be True or 'gaussian'"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapts the output head"),
-    ],
-    ids=lambda change: str(change) if isinstance(change, dict) else "",
+    ("change", "message"), REFUSED, ids=lambda change: str(change) if isinstance(change, dict) else ""
 )
 def test_an_adapter_that_would_not_follow_the_student_is_refused(tmp_path, change, message):
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **change})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batch import Batch, loss_mask
+from .batch import Batch, loss_mask, rows_of
 from .losses import reshaped_advantages, reweighted_advantages
 from .metrics import Means
 
@@ -51,18 +51,25 @@ class AdvantageShaper:
         return reweighted_advantages(advantages, log_ratio, mix=mix, clip=self.args.advantage_weight_clip)
 
     def _log_ratio(self, batch: Batch) -> torch.Tensor:
-        """Δ (N, T): log q − log π of the sampled tokens, 0 on the others."""
-        scorer = self.trainer.scorer
-        student_logps = scorer.frozen_logps(batch)
-        with self.trainer.teacher.target_context():
-            teacher_logps = scorer.frozen_logps(batch, teacher=True)
-        mask = loss_mask(batch) * batch["has_feedback"].unsqueeze(-1)
-        self._log_margin(scorer.reduce(teacher_logps, student_logps, mask), batch, mask)
-        return torch.where(mask > 0, teacher_logps - student_logps, 0.0)
+        """Δ (N, T): log q − log π of the sampled tokens, 0 on the others and where there is no feedback."""
+        scorer, mask = self.trainer.scorer, loss_mask(batch) * batch["has_feedback"].unsqueeze(-1)
+        log_ratio = torch.zeros(mask.shape, device=mask.device)
+        rows = batch["has_feedback"].nonzero().squeeze(-1)
+        if len(rows):
+            chosen = rows_of(batch, rows)
+            student_logps = scorer.frozen_logps(chosen)
+            with self.trainer.teacher.target_context():
+                log_ratio[rows] = (scorer.frozen_logps(chosen, teacher=True) - student_logps).to(log_ratio.dtype)
+        log_ratio = torch.where(mask > 0, log_ratio, 0.0)
+        self._log(log_ratio, batch, mask)
+        return log_ratio
 
-    def _log_margin(self, log_ratio: torch.Tensor, batch: Batch, mask: torch.Tensor) -> None:
+    def _log(self, log_ratio: torch.Tensor, batch: Batch, mask: torch.Tensor) -> None:
         means = Means()
+        total = self.trainer.scorer.reduce(log_ratio, torch.zeros_like(log_ratio), mask)  # (N,)
         for name, outcome in (("successes", 1), ("failures", 0)):
-            means.add(name, log_ratio, (batch["outcome"] == outcome) & mask.any(-1))
+            means.add(name, total, (batch["outcome"] == outcome) & mask.any(-1))
+        means.add("advantages/log_ratio", log_ratio.abs(), mask)
         reduced = means.reduce(self.trainer.accelerator)
+        self.trainer._record("advantages/log_ratio", reduced["advantages/log_ratio"][0])
         self.trainer._record("teacher/log_ratio_margin", reduced["successes"][0] - reduced["failures"][0])

@@ -164,40 +164,51 @@ def check_model(trainer: VPDTrainer) -> None:
                 f"The adapters {learned_prompts} learn prompts, which lie outside the network that the M-step reads. "
                 "Use an adapter of weights, such as LoRA."
             )
-    if args.teacher == "lora" and trainer.accelerator.scaler is not None:
-        raise ValueError("teacher='lora' is not supported with fp16=True; use bf16=True or float32.")
+    _check_engine(trainer)
     vocabulary = trainer.model.get_output_embeddings().weight.shape[0]
     if args.distillation_top_k is not None and args.distillation_top_k > vocabulary:
         raise ValueError(
             f"distillation_top_k ({args.distillation_top_k}) is above the size of the vocabulary ({vocabulary}); "
             "use None for the full vocabulary."
         )
-    if trainer.aux_loss_enabled and not args.parts.policy_gradient:
+    if trainer.aux_loss_enabled and not trainer.rl_weight:
         logger.warning(
             f"method={args.method!r} does not add the load-balancing loss of this mixture-of-experts model "
             "(router_aux_loss_coef) to its steps."
         )
 
 
-def check_copies(trainer: VPDTrainer) -> None:
-    """
-    Check that copies of the weights can be kept.
-
-    Raises:
-        ValueError: If the weights are sharded.
-    """
-    kept = [
-        name
-        for name, part in (
-            (f"teacher={trainer.args.teacher!r}", trainer.teacher),
-            (f"prior={trainer.args.prior!r}", trainer.prior),
-        )
-        if part.keeps_copy
-    ]
-    if kept and (trainer.is_fsdp_enabled or trainer._dist.is_zero3):
+def _check_engine(trainer: VPDTrainer) -> None:
+    """What the way that the model is spread over devices allows."""
+    args = trainer.args
+    if trainer._dist.is_zero3:
         raise ValueError(
-            f"{' and '.join(kept)} keeps a copy of the trainable weights, which is not supported yet where FSDP or "
-            "DeepSpeed ZeRO-3 shards them. Use teacher='shared' and prior='dynamic', or DDP or ZeRO-2."
+            f"method={args.method!r} is not supported yet under DeepSpeed ZeRO-3, which shards the output head that "
+            "the losses read. Use ZeRO-2, FSDP with teacher='shared', or DDP."
+        )
+    own_weights = [
+        f"{name}={value!r}"
+        for name, value, shared in (("teacher", args.teacher, "shared"), ("prior", args.prior, "dynamic"))
+        if value != shared
+    ]
+    if own_weights and trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"{' and '.join(own_weights)} needs weights beside the student's, which is not supported yet where FSDP "
+            "shards those. Use teacher='shared' and prior='dynamic', or DDP or ZeRO-2."
+        )
+    devices = set((getattr(trainer.model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            f"method={args.method!r} needs the model on one device, and device_map has put it on "
+            f"{', '.join(sorted(map(str, devices)))}. Load it with device_map=None in model_init_kwargs."
+        )
+    if args.teacher == "lora" and args.fp16:
+        raise ValueError("teacher='lora' is not supported with fp16=True; use bf16=True or float32.")
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if args.method == "joint_loss" and reentrant and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "method='joint_loss' runs the model twice before each backward pass, which reentrant checkpointing does "
+            "not allow on several processes. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
 
 

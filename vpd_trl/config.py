@@ -65,8 +65,9 @@ class VPDConfig(GRPOConfig):
         teacher_adapter_decay (`float`, *optional*, defaults to `0.1`):
             Share in [0, 1) of the `"lora"` teacher's adapter that fades after each rollout batch. The M-step moves the
             student to the teacher, which is the student and the adapter: without a decay what the student has taken
-            over counts twice, and the teacher runs ahead for ever.
-        save_teacher (`bool`, *optional*, defaults to `True`):
+            over counts twice, and the teacher runs ahead of it (measured in examples/paper_in_miniature). It fades
+            whether or not there was an E-step.
+        save_teacher_adapter (`bool`, *optional*, defaults to `True`):
             Whether `save_model` writes the `"lora"` teacher's adapter to `teacher/adapter` beside the model, and a
             push to the Hub takes it along. Checkpoints hold what resuming needs in any case.
         teacher_template (`str`, *optional*):
@@ -150,7 +151,7 @@ class VPDConfig(GRPOConfig):
     teacher: str = field(default="shared", metadata={"help": "Weights of the M-step's targets: 'shared' (the student's), 'ema' (their moving average) or 'lora' (the student's and an adapter of the teacher's own)."})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate r in (0, 1] of the 'ema' teacher: average <- (1 - r) * average + r * student, once per rollout batch. Paper: 0.05 (science), 0.01 (code)."})
     teacher_adapter_decay: float = field(default=0.1, metadata={"help": "Share of the 'lora' teacher's adapter that fades after each rollout batch, in [0, 1), as the student takes over what it does."})
-    save_teacher: bool = field(default=True, metadata={"help": "Whether save_model and a push to the Hub take the 'lora' teacher's adapter along (folder teacher/adapter)."})
+    save_teacher_adapter: bool = field(default=True, metadata={"help": "Whether save_model and a push to the Hub take the 'lora' teacher's adapter along (folder teacher/adapter)."})
     teacher_template: str | None = field(default=None, metadata={"help": "The teacher's prompt, with the fields {prompt}, {solution}, {critique}. None: a template that suits the prompt's form."})
     solution_template: str = field(default="\n\nA correct solution:\n\n{solution}", metadata={"help": "Section of the teacher's prompt for a solution, with the field {solution}."})
     critique_template: str = field(default="\n\nFeedback on an earlier attempt:\n\n{critique}", metadata={"help": "Section of the teacher's prompt for a critique, with the field {critique}."})
@@ -263,7 +264,7 @@ class VPDConfig(GRPOConfig):
         self._check_number("m_step_importance_clip", "a number above 0", lambda x: x > 0, optional=True)
         for name in ("joint_rl_weight", "joint_kl_weight"):
             self._check_number(name, "a finite number of at least 0", lambda x: 0 <= x < float("inf"))
-        if self.joint_rl_weight == self.joint_kl_weight == 0:
+        if self.method == "joint_loss" and self.joint_rl_weight == self.joint_kl_weight == 0:
             raise ValueError(
                 "joint_rl_weight and joint_kl_weight are both 0, so there would be no loss; one must not be."
             )

@@ -6,11 +6,14 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import is_peft_model
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer
@@ -62,15 +65,11 @@ class LoRATeacher(SharedTeacher):
 
     def __init__(self, trainer: VPDTrainer, config: LoraConfig | None = None) -> None:
         super().__init__(trainer)
-        # A copy: PEFT writes into it
-        self.config = copy.deepcopy(config) if config is not None else LoraConfig(**DEFAULT)
+        self.config = copy.deepcopy(config) if config is not None else LoraConfig(**DEFAULT)  # PEFT writes into it
         check_adapter_config(self.config)
-        self._student_parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         self._layers = _inject(causal_lm(trainer.model), self.config, seed=trainer.args.seed)
-        for parameter in self._student_parameters:  # PEFT freezes all but what it injects
-            parameter.requires_grad_(True)
-        head = trainer.model.get_output_embeddings()
-        if any(layer.student is head for layer in self._layers):
+        head = _name_of(trainer.model.get_output_embeddings(), causal_lm(trainer.model))
+        if any(layer.name == head or layer.name.startswith(f"{head}.") for layer in self._layers):
             raise ValueError(
                 "teacher_peft_config adapts the output head, whose weight is read without its adapter. Leave it out "
                 f"of target_modules ({self.config.target_modules})."
@@ -80,10 +79,10 @@ class LoRATeacher(SharedTeacher):
 
     def _own_parameters(self, device: torch.device) -> dict[str, nn.Parameter]:
         """The adapter's parameters under the names that a PEFT checkpoint gives them, in float32 at least."""
-        parameters = {}
+        parameters, students = {}, {id(parameter) for parameter in self.trainer.model.parameters()}
         for layer in self._layers:
             for name, parameter in layer.teacher.named_parameters():
-                if f".{ADAPTER}" in name and not name.startswith("base_layer."):
+                if id(parameter) not in students:
                     dtype = torch.promote_types(parameter.dtype, torch.float32)
                     parameter.data = parameter.data.to(device, dtype)
                     parameters[f"base_model.model.{layer.name}.{name.replace(f'.{ADAPTER}', '')}"] = parameter
@@ -113,20 +112,23 @@ class LoRATeacher(SharedTeacher):
 
     @contextmanager
     def training_context(self) -> Iterator[None]:
-        hook = None
-        for parameter in self._student_parameters:
+        model, hook = self.trainer.model, None
+        # Now, not at construction: a wrapper may have put others in their place since
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.requires_grad_(False)
         try:
             with self.target_context():
-                if any(getattr(module, "gradient_checkpointing", False) for module in self.trainer.model.modules()):
+                if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                     # Reentrant checkpoints have gradients only if their inputs do, and the embeddings are frozen here
-                    embeddings = self.trainer.model.get_input_embeddings()
-                    hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+                    hook = model.get_input_embeddings().register_forward_hook(
+                        lambda module, args, output: output.requires_grad_(True)
+                    )
                 yield
         finally:
             if hook is not None:
                 hook.remove()
-            for parameter in self._student_parameters:
+            for parameter in trained:
                 parameter.requires_grad_(True)
 
     # ---- The E-step's update
@@ -152,6 +154,9 @@ class LoRATeacher(SharedTeacher):
             parameter.grad = gradient.view_as(parameter)
         limit = args.max_grad_norm if args.max_grad_norm > 0 else float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers have modes
+            optimizer.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.trainer.optimizer.param_groups[0]["lr"] * self.learning_rate_scale
         self.optimizer.step()
@@ -161,7 +166,7 @@ class LoRATeacher(SharedTeacher):
     @torch.no_grad()
     def after_rollout_batch(self) -> None:
         """
-        Let the adapter fade.
+        Let the adapter fade, whether or not there was an E-step.
 
         The M-steps have moved the student towards student + adapter. What the student took over would count twice.
         """
@@ -203,7 +208,22 @@ class LoRATeacher(SharedTeacher):
         os.makedirs(folder, exist_ok=True)
         weights = {name: p.detach().to("cpu").contiguous() for name, p in self.parameters.items()}
         save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-        self.config.save_pretrained(folder)
+        config = copy.deepcopy(self.config)
+        # Where the student is, if that is all that the adapter goes on top of
+        if not is_peft_model(self.trainer.model):
+            config.base_model_name_or_path = self.trainer.hub_model_id or self.trainer.args.output_dir
+        config.inference_mode = True
+        config.save_pretrained(folder)
+
+
+# What a plain LoRA adapter is made of. Other fields of LoraConfig change or copy weights of the student, don't follow
+# them, or need calls that a trainer doesn't make
+PLAIN_FIELDS = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "ensure_weight_tying", "qalora_group_size", "megatron_core"),
+}
 
 
 def check_adapter_config(config: Any) -> None:
@@ -221,20 +241,27 @@ def check_adapter_config(config: Any) -> None:
             "teacher_peft_config.init_lora_weights must be True or 'gaussian', with which the teacher starts as the "
             f"student and the student's weights stay; got {config.init_lora_weights!r}."
         )
-    copies = {
-        "use_dora": (config.use_dora, False),
-        "bias": (config.bias, "none"),
-        "modules_to_save": (config.modules_to_save or None, None),
-        "trainable_token_indices": (getattr(config, "trainable_token_indices", None), None),
-        "target_parameters": (getattr(config, "target_parameters", None) or None, None),
-        "layer_replication": (config.layer_replication, None),
-    }
-    for name, (value, allowed) in copies.items():
-        if value != allowed:
+    plain = LoraConfig()
+    for name in sorted({field.name for field in fields(LoraConfig)} - PLAIN_FIELDS - {"init_lora_weights"}):
+        value, allowed = getattr(config, name), getattr(plain, name)
+        if value != allowed and (value or allowed):
             raise ValueError(
-                f"teacher_peft_config.{name} must be {allowed!r}: the teacher's adapter only adds to the student's "
-                f"layers and follows the rest of its weights; got {value!r}."
+                f"teacher_peft_config.{name} must be {allowed!r}: the teacher's adapter is plain LoRA, which only adds "
+                f"to the student's layers and follows the rest of its weights; got {value!r}."
             )
+
+
+def _name_of(module: nn.Module, model: nn.Module) -> str:
+    return next((name for name, other in model.named_modules() if other is module), "")
+
+
+def _outermost(model: nn.Module, kinds: Any) -> dict[str, Any]:
+    """Modules of some kinds that are in no other module of these kinds."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():  # parents come first
+        if isinstance(module, kinds) and not any(name.startswith(f"{parent}.") for parent in found):
+            found[name] = module
+    return found
 
 
 def _inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[_Layer]:
@@ -242,31 +269,59 @@ def _inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[_Layer]:
     Let PEFT make the adapter's layers, and take them out of the network again.
 
     All processes draw the same weights, and the generator's state is as before.
+
+    Raises:
+        ValueError: If the student has an adapter that another can't be put on top of.
     """
-    own = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    # Modules that the student trains whole stay its own
+    wrappers = _outermost(model, AuxiliaryTrainingWrapper)
+    own = {n: m for n, m in _outermost(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)).items() if n not in wrappers}
+    for name, module in own.items():
+        if not hasattr(module.get_base_layer(), "weight"):
+            raise ValueError(
+                f"The student's adapter is on the parameters of {name!r} (target_parameters), and the teacher's can't "
+                "be put on top of that. Adapt modules that have a weight of their own, or use teacher='shared'."
+            )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The student's adapters step aside, so that PEFT makes layers for what is below them instead of adding to them
     for name, module in own.items():
         model.set_submodule(name, module.get_base_layer())
     # PEFT would add to the student's, and the student would save this adapter as one of its own
     peft_config = model.__dict__.pop("peft_config", None)
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        # Layers are made on the devices of what they extend, from numbers that are drawn on the CPU
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         layers = []
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                student = own.get(name, module.get_base_layer())
-                module.base_layer = student
-                parent, _, attribute = name.rpartition(".")
-                layers.append(_Layer(name, model.get_submodule(parent), attribute, student, module))
+        for name, module in _outermost(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)).items():
+            if name in wrappers:
+                continue
+            student = own.get(name, module.get_base_layer())
+            _innermost(module).base_layer = student
+            parent, _, attribute = name.rpartition(".")
+            layers.append(_Layer(name, model.get_submodule(parent), attribute, student, module))
     finally:
-        for name, module in own.items():
-            model.set_submodule(name, module)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer) and name not in own:
-                model.set_submodule(name, module.get_base_layer())
+        _restore(model, own)
+        for parameter in trained:  # PEFT freezes all but what it makes
+            parameter.requires_grad_(True)
         model.__dict__.pop("peft_config", None)
         if peft_config is not None:
             model.peft_config = peft_config
     return layers
+
+
+def _innermost(layer: Any) -> Any:
+    """The adapter layer that holds no other: several parameters of a module are adapted by nested layers."""
+    while isinstance(layer.base_layer, BaseTunerLayer):
+        layer = layer.base_layer
+    return layer
+
+
+def _restore(model: nn.Module, own: dict[str, Any]) -> None:
+    """Put the student's modules back where PEFT put layers, also within modules that the student trains whole."""
+    for name, module in _outermost(model, BaseTunerLayer).items():
+        if ADAPTER in getattr(module, "lora_A", {}) or ADAPTER in getattr(module, "lora_embedding_A", {}):
+            model.set_submodule(name, own.get(name, module.get_base_layer()))
+    for name, module in own.items():
+        model.set_submodule(name, module)

@@ -43,7 +43,7 @@ class MStep:
         per_token, log_ratio, student_logps = self.trainer.scorer.divergence(model, batch, mask)
         weighted = per_token.divergence
         if self.args.m_step_importance_clip is not None:
-            old_logps = batch["old_per_token_logps"][mask]
+            old_logps = batch["m_step_old_logps"][mask]
             weighted = weighted * importance_ratio(student_logps, old_logps, clip=self.args.m_step_importance_clip)
 
         self._means.add("m_step/divergence", per_token.divergence.detach())
@@ -66,7 +66,7 @@ class MStep:
         successes, failures = means.pop("successes"), means.pop("failures")
         self.trainer._record("m_step/tokens", means["m_step/divergence"][1])
         self.trainer._record("teacher/log_ratio_margin", successes[0] - failures[0])
-        if self.args.parts.policy_gradient:
+        if self.trainer.rl_weight:
             del means["entropy"]  # TRL records it over all rollouts
         for name, (value, _) in means.items():
             self.trainer._record(name, value)

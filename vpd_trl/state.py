@@ -120,6 +120,15 @@ def load(trainer: VPDTrainer, folder: str) -> None:
         trainer._pending_e_step = trainer._buffered_inputs if saved["e_step_is_pending"] else None
 
 
+def load_teacher(trainer: VPDTrainer, folder: str) -> None:
+    """The teacher that goes with the student of a checkpoint, if the checkpoint has one."""
+    path = os.path.join(folder, STATE_FILE)
+    if os.path.exists(path):
+        trainer.teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["teacher"])
+    else:
+        logger.warning(f"{folder} has no {STATE_FILE}, so the teacher stays the last one of the run.")
+
+
 def _advance_sampler(trainer: VPDTrainer, *, epochs: int) -> None:
     """
     Bring the order of prompts to the epoch that is resumed.

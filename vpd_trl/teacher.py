@@ -98,9 +98,6 @@ class SharedTeacher:
         trainer: The trainer, with its model.
     """
 
-    # Whether the object keeps a copy of whole weights, which sharded training can't make yet
-    keeps_copy = False
-
     # Whether the E-step trains the student's weights
     trains_student = True
 
@@ -132,7 +129,10 @@ class SharedTeacher:
         args = self.trainer.args
         if args.e_step_learning_rate is None:
             return self.default_learning_rate_scale
-        return args.e_step_learning_rate / args.learning_rate
+        # Of the schedule, where there is one: optimizers that a user passes have rates of their own
+        schedule = getattr(self.trainer.lr_scheduler, "scheduler", self.trainer.lr_scheduler)
+        peak = getattr(schedule, "base_lrs", [args.learning_rate])[0]
+        return args.e_step_learning_rate / peak
 
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
@@ -215,8 +215,6 @@ class EMATeacher(SharedTeacher):
         rate: Share of the student in each step of the average.
     """
 
-    keeps_copy = True
-
     def __init__(self, trainer: VPDTrainer, rate: float) -> None:
         super().__init__(trainer)
         self.rate = rate
@@ -238,8 +236,6 @@ class EMATeacher(SharedTeacher):
 class DynamicPrior:
     """The prior is the student at the start of each E-step (the paper's form)."""
 
-    keeps_copy = False
-
     def context(self) -> AbstractContextManager[None]:
         """Where the prior's log-probabilities are computed."""
         return nullcontext()
@@ -257,8 +253,6 @@ class FixedPrior(DynamicPrior):
 
     For an adapter it is the adapter as it was passed to the trainer, trained or new.
     """
-
-    keeps_copy = True
 
     def __init__(self, model: nn.Module) -> None:
         self.initial = WeightSnapshot(model)

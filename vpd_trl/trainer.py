@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -15,22 +16,22 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id, pad
+from trl.trainer.utils import get_config_model_id
 
 from . import checks, state
 from .advantages import AdvantageShaper
 from .annotate import Annotation, Annotator
-from .batch import Batch, loss_mask
+from .batch import Batch
 from .config import VPDConfig
 from .e_step import EStep
-from .feedback import Feedback, FeedbackFn
+from .feedback import FeedbackFn
 from .feedback.collect import FeedbackCollector
 from .m_step import MStep
-from .metrics import Means
 from .processes import stop_together
 from .prompts import TeacherPromptBuilder, check_prompt
 from .scoring import Scorer
 from .teacher import TEACHER_FOLDER, make_prior, make_teacher
+from .teacher_inputs import TeacherInputs
 from .watch import Watch
 
 
@@ -109,7 +110,8 @@ class VPDTrainer(GRPOTrainer):
     #   _calculate_rewards, _generate_and_score_completions   the rollouts' feedback
     #   get_batch_samples, _prepare_inputs                     when rollouts are collected
     #   _compute_loss, training_step                           the M-step
-    #   _get_train_sampler, _save_checkpoint, _load_optimizer_and_scheduler   state
+    #   _get_train_sampler, save_model, _save_checkpoint, _push_from_checkpoint,
+    #   _load_optimizer_and_scheduler, _load_best_model        state
 
     _tag_names = ["trl", "vpd"]
     _name = "VPD"
@@ -194,18 +196,16 @@ class VPDTrainer(GRPOTrainer):
         self._watch = Watch(logger)
 
     def _init_distillation(self, teacher_peft_config: PeftConfig | None) -> None:
-        args = self.args
+        args, joint = self.args, self.args.method == "joint_loss"
+        self.rl_weight = args.joint_rl_weight if joint else float(self.parts.policy_gradient)
+        self.kl_weight = args.joint_kl_weight if joint else float(self.parts.distills)
         checks.check_model(self)
         self.teacher = make_teacher(self, teacher_peft_config)
         self.prior = make_prior(self.model, args.prior)
-        checks.check_copies(self)
         self.scorer = Scorer(self)
         self.e_step = EStep(self)
         self.m_step = MStep(self)
         self.shape_advantages = AdvantageShaper(self)
-        joint = args.method == "joint_loss"
-        self._rl_weight = args.joint_rl_weight if joint else float(self.parts.policy_gradient)
-        self._kl_weight = args.joint_kl_weight if joint else float(self.parts.distills)
         assert self.feedback is not None
         self.annotator = Annotator(self, self.feedback)
         self.prompt_builder = TeacherPromptBuilder(
@@ -217,6 +217,7 @@ class VPDTrainer(GRPOTrainer):
             strip_thinking=args.strip_thinking,
             max_length=checks.teacher_prompt_length(self),
         )
+        self.teacher_inputs = TeacherInputs(self, self.prompt_builder)
         self.add_callback(_OptimizerStepCallback(self))
 
     # ---- When: rollouts are collected, and the E-step runs, before an optimizer step begins
@@ -288,10 +289,12 @@ class VPDTrainer(GRPOTrainer):
         assert self._annotation is not None
         feedback, outcome = self._annotation
         self._annotation = None
-        batch.update(self._teacher_inputs([row["prompt"] for row in inputs], feedback, batch))
+        batch.update(self.teacher_inputs([row["prompt"] for row in inputs], feedback, batch))
         batch["outcome"] = outcome
-        if self._kl_weight and self.args.m_step_importance_clip is not None and "old_per_token_logps" not in batch:
-            batch["old_per_token_logps"] = self.scorer.frozen_logps(batch)
+        if self.kl_weight and self.args.m_step_importance_clip is not None:
+            # Under a name of its own: GRPO's loss would take it too
+            old_logps = batch.get("old_per_token_logps")
+            batch["m_step_old_logps"] = self.scorer.frozen_logps(batch) if old_logps is None else old_logps
         if self.parts.shapes_advantages:
             batch["advantages"] = self.shape_advantages(batch)
         return batch
@@ -312,39 +315,6 @@ class VPDTrainer(GRPOTrainer):
             self._record("time/feedback", time.perf_counter() - start)
         return rewards_per_func
 
-    # ---- Teacher context
-
-    def _teacher_inputs(self, prompts: list, feedback: list[Feedback], batch: Batch) -> Batch:
-        """The teacher's prompts, left-padded (N, P), which rows have feedback (N,), and the M-step's denominator ()."""
-        device = self.accelerator.device
-        built = self.prompt_builder.build(prompts, feedback)
-        # A row without feedback goes through no teacher; it holds the student's prompt, so that every row is valid
-        student_prompts = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
-        rows = [
-            torch.tensor(prompt.ids, device=device) if prompt else ids[mask]
-            for prompt, (ids, mask) in zip(built, student_prompts, strict=True)
-        ]
-        has_feedback = torch.tensor([prompt is not None for prompt in built], device=device)
-        tokens = loss_mask(batch).sum(-1)  # (N,)
-        counted = tokens if self.args.m_step_normalization == "all" else tokens * has_feedback
-        cut = [bool(f) and (p is None or p.cut) for f, p in zip(feedback, built, strict=True)]
-        self._log_feedback(has_feedback, torch.tensor(cut, device=device))
-        return {
-            "teacher_prompt_ids": pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
-            "teacher_prompt_mask": pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left"),
-            "has_feedback": has_feedback,
-            "m_step_denominator": self.accelerator.gather(counted.sum()).sum(),
-        }
-
-    def _log_feedback(self, has_feedback: torch.Tensor, cut: torch.Tensor) -> None:
-        means = Means()
-        means.add("feedback/coverage", has_feedback)
-        means.add("feedback/truncated", cut)
-        for name, (value, _) in means.reduce(self.accelerator).items():
-            self._record(name, value)
-            if name == "feedback/coverage":
-                self._watch.coverage(value)
-
     # ---- M-step
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -357,10 +327,10 @@ class VPDTrainer(GRPOTrainer):
         if not (self.parts.uses_feedback and self.model.training):
             return super()._compute_loss(model, inputs)
         terms = []
-        if self._rl_weight:
-            terms.append(self._rl_weight * super()._compute_loss(model, inputs))
-        if self._kl_weight:
-            terms.append(self._kl_weight * self.m_step.loss(model, inputs))
+        if self.rl_weight:
+            terms.append(self.rl_weight * super()._compute_loss(model, inputs))
+        if self.kl_weight:
+            terms.append(self.kl_weight * self.m_step.loss(model, inputs))
         return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
     # ---- Metrics
@@ -371,10 +341,26 @@ class VPDTrainer(GRPOTrainer):
     # ---- State
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # First, as the rest may end in a push to the Hub
-        if self.parts.uses_feedback and self.args.save_teacher and self.args.should_save:
-            self.teacher.save_pretrained(os.path.join(output_dir or self.args.output_dir, TEACHER_FOLDER))
+        self._save_teacher(output_dir or self.args.output_dir)  # first, as the rest may end in a push to the Hub
         super().save_model(output_dir, _internal_call)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._save_teacher(self.args.output_dir)  # beside the student, which is copied there
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_teacher(self, output_dir: str) -> None:
+        if not (self.parts.uses_feedback and self.args.should_save):
+            return
+        folder = os.path.join(output_dir, TEACHER_FOLDER)
+        if self.args.save_teacher_adapter:
+            self.teacher.save_pretrained(folder)
+        else:  # of an earlier run: it would be taken for this student's
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.parts.uses_feedback:
+            state.load_teacher(self, self.state.best_model_checkpoint)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._train_sampler = super()._get_train_sampler(dataset)

@@ -62,7 +62,8 @@ class JudgeFeedback:
         model: Name of the judge, as the endpoint knows it.
         base_url: The endpoint, e.g. `"http://localhost:8000/v1"`; it is asked in the Hub's offline mode too. `None`
             asks the Hub's inference providers.
-        api_key: The endpoint's key. `None` sends none to `base_url`, and to the Hub the token of `hf auth login`.
+        api_key: The endpoint's key. `None` sends a placeholder to `base_url` (never your Hub token), and to the Hub the
+            token of `hf auth login`.
         template: What is asked. `{prompt}` is the task, `{attempt}` the answer in a block that it can't close,
             `{outcome}` `correct`, `incorrect` or `not available`, any other `{name}` the data set's column of that
             name: `{answer}` shows the judge a reference. A column called like one of the first three can't be shown.

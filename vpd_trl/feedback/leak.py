@@ -10,8 +10,8 @@ from functools import lru_cache
 _WORD = r"[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _NOT_AFTER_WORD = f"(?<!{_WORD})(?<!{_WORD}_)"
 _NOT_BEFORE_WORD = f"(?!_?{_WORD})"
-# "B-cell", "A-D": no choice of B or A
-_NOT_AFTER_HYPHEN, _NOT_BEFORE_HYPHEN = f"(?<!{_WORD}-)", f"(?!-{_WORD})"
+# "B-cell", "A-D", "20 °C": no choice of B, A or C
+_NOT_AFTER_HYPHEN, _NOT_BEFORE_HYPHEN = f"(?<!{_WORD}-)(?<!°)(?<!° )", f"(?!-{_WORD})"
 # 12 is not in 5.12, 1,012 or 5/12; nor, where a number begins, in -12 or .12
 _NOT_IN_NUMBER_BEFORE = r"(?<!\d[.,/])(?<!^[-−.])(?<![\s(\[{=<>:,$*][-−.])"
 # 12 is not in 123, 12.5, 12,000, 12/5, 12e5 or 12th, but it is in 12kg
