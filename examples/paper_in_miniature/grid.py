@@ -227,6 +227,27 @@ def rigid_runs(system: System, tuned: Tuned, seeds: Sequence[int]) -> list[Cell]
     return [cell(system, feedback, RIGID, seed, tuned, length=2, noise=1.0) for seed in seeds]
 
 
+# The adapter's learning rate over the student's, and its decay after each rollout batch; the default is 10 and 0.1
+ADAPTERS = {"plain": (1, 0.0), "fast": (10, 0.0), "fading": (1, 0.1), "fast, hardly fading": (10, 0.03)}
+ADAPTERS |= {"fast and fading (default)": (10, 0.1), "fast, fading quickly": (10, 0.3)}
+
+
+def lora_teacher(tuned: Tuned) -> list[Cell]:
+    """What makes an adapter of the teacher's own work."""
+    return evenly(*(adapted(name, f, tuned) for f in ("environment", "siblings") for name in ADAPTERS))
+
+
+def adapted(name: str, feedback: str, tuned: Tuned) -> Iterator[Cell]:
+    scale, decay = ADAPTERS[name]
+    rate, _ = VPD_LORA.candidates[tuned[tuning_name(VPD_LORA, feedback)]]
+    changed: list[tuple[str, Any]] = []
+    if scale != 10:
+        changed.append(("e_step_learning_rate", scale * rate))
+    if decay != 0.1:
+        changed.append(("teacher_adapter_decay", decay))
+    return rows_of(VPD_LORA, feedback, tuned, STABILITY_DOMAINS, overrides=tuple(changed))
+
+
 def stability(tuned: Tuned) -> list[Cell]:
     """Siblings at rising learning rates."""
     systems = [(s, ()) for s in (SDPO, SDPO_EMA, VPD_EMA, VPD_LORA)] + [(VPD, o) for o in REMEDIES.values()]
@@ -250,6 +271,7 @@ EXPERIMENTS = {
         table_3,
         table_4,
         cold_start,
+        lora_teacher,
         rigid,
         density,
         stability,

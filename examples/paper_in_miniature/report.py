@@ -121,6 +121,7 @@ def tables(tuned: Tuned) -> list[Table]:
         table_5(tuned),
         cold_start(tuned),
         rigid(tuned),
+        lora_teacher(tuned),
     ]
 
 
@@ -164,6 +165,16 @@ def cold_start(tuned: Tuned) -> Table:
     rows += [row(s, "environment", tuned, length=2, skill=0.0) for s in (SDPO, SDPO_EMA, VPD, VPD_LORA)]
     pairs = [(s.name, GRPO.name) for s in (SDPO, VPD, VPD_LORA)] + [(VPD.name, SDPO.name)]
     return Table("cold_start", "A base model that can't read feedback", rows, pairs)
+
+
+def lora_teacher(tuned: Tuned) -> Table:
+    rows, pairs = [], []
+    for feedback in ("environment", "siblings"):
+        labels = {name: f"{feedback}: {name}" for name in grid.ADAPTERS}
+        rows += [Row(labels[name], list(grid.adapted(name, feedback, tuned))) for name in grid.ADAPTERS]
+        default = labels["fast and fading (default)"]
+        pairs += [(default, label) for label in labels.values() if label != default]
+    return Table("lora_teacher", "The LoRA teacher's adapter", rows, pairs, grid.STABILITY_DOMAINS)
 
 
 def rigid(tuned: Tuned) -> Table:
