@@ -49,17 +49,22 @@ def launch(scenario, folder, processes=2, *, fails=False):
     return [torch.load(folder / f"world{processes}_rank{i}.pt", weights_only=False) for i in range(processes)]
 
 
+def assert_one_model(first, second, alone):
+    """Both ranks hold the same to the bit, and what one process has."""
+    assert tiny.same(first, second), "the ranks were trained apart"
+    for name, weight in alone.items():
+        assert torch.allclose(weight, first[name], atol=2e-6, rtol=1e-4), name
+
+
 @pytest.mark.parametrize(
     ("scenario", "e_steps"), [("plain", [0, 1, 2]), pytest.param("every_other", [0, 2], marks=pytest.mark.slow)]
 )
 def test_two_processes_stay_one_model_and_equal_one_process(tmp_path, scenario, e_steps):
     first, second = launch(scenario, tmp_path)
-    assert tiny.same(first["weights"], second["weights"]), "the ranks were trained apart"
     (alone,) = launch(scenario, tmp_path, processes=1)
+    assert_one_model(first["weights"], second["weights"], alone["weights"])
     initial = tiny.weights(tiny.model(tiny.tokenizer()))
     assert not tiny.same(initial, alone["weights"])
-    for name, weight in alone["weights"].items():
-        assert torch.allclose(weight, first["weights"][name], atol=2e-6, rtol=1e-4), name
     two, one = ([r for r in log if "m_step/tokens" in r] for log in (first["log"], alone["log"]))
     for rows in (two, one):
         assert [i for i, row in enumerate(rows) if "e_step/loss" in row] == e_steps
@@ -74,11 +79,9 @@ def test_two_processes_stay_one_model_and_equal_one_process(tmp_path, scenario, 
 @pytest.mark.parametrize("scenario", ["joint_loss", "advantage_reshaping"])
 def test_two_processes_train_a_hybrid_as_one_does(tmp_path, scenario):
     first, second = launch(scenario, tmp_path)
-    assert tiny.same(first["weights"], second["weights"]), "the ranks were trained apart"
     (alone,) = launch(scenario, tmp_path, processes=1)
+    assert_one_model(first["weights"], second["weights"], alone["weights"])
     assert not tiny.same(tiny.weights(tiny.model(tiny.tokenizer())), alone["weights"])
-    for name, weight in alone["weights"].items():
-        assert torch.allclose(weight, first["weights"][name], atol=2e-6, rtol=1e-4), name
     two, one = ([r for r in log if "reward" in r] for log in (first["log"], alone["log"]))
     for a, b in zip(two, one, strict=True):
         for name in ("loss", "grad_norm", "teacher/log_ratio_margin"):
@@ -120,9 +123,7 @@ def test_the_adapter_of_a_lora_teacher_is_trained_by_both_ranks_as_by_one(tmp_pa
     first, second = launch("lora_teacher", tmp_path)
     (alone,) = launch("lora_teacher", tmp_path, processes=1)
     for part in ("weights", "adapter"):
-        assert tiny.same(first[part], second[part]), "the ranks were trained apart"
-        for name, weight in alone[part].items():
-            assert torch.allclose(weight, first[part][name], atol=2e-6, rtol=1e-4), name
+        assert_one_model(first[part], second[part], alone[part])
     assert any(weight.abs().max() > 1e-3 for name, weight in alone["adapter"].items() if "lora_B" in name)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from examples.paper_in_miniature import grid, report
+from examples.paper_in_miniature import finished, grid, report
 from examples.paper_in_miniature.run import Cell
 from examples.paper_in_miniature.statistics import Estimate, average, estimate
 from examples.paper_in_miniature.task import DOMAINS
@@ -55,9 +55,9 @@ def test_every_cell_of_an_experiment_has_at_least_five_seeds(name):
 
 def test_a_run_is_known_by_what_it_is():
     one, other = Cell(seed=1), Cell(seed=1, overrides=(("e_step_frequency", 1),))
-    assert grid.key(one) == json.dumps({"seed": 1})
-    assert grid.key(one) != grid.key(other)
-    assert grid.key(other) == json.dumps(grid.described(other), sort_keys=True)
+    assert finished.key(one) == json.dumps({"seed": 1})
+    assert finished.key(one) != finished.key(other)
+    assert finished.key(other) == json.dumps(finished.described(other), sort_keys=True)
 
 
 def runs_of(accuracies):
@@ -67,7 +67,7 @@ def runs_of(accuracies):
     for (label, domain, seed), accuracy in accuracies.items():
         c = Cell(method="sdpo" if label == "A" else "vpd", domain=domain, seed=seed)
         cells[label][c] = None
-        runs[grid.key(c)] = {"after": {"held_out": accuracy}, "before": {"held_out": 0.01}, "commit": "abc"}
+        runs[finished.key(c)] = {"after": {"held_out": accuracy}, "before": {"held_out": 0.01}, "commit": "abc"}
     return [report.Row(label, list(found)) for label, found in cells.items()], runs
 
 
@@ -88,27 +88,27 @@ def test_differences_are_taken_run_by_run():
 
 def test_missing_runs_are_left_out_and_counted():
     rows, runs = runs_of({("A", "cipher", 0): 0.2, ("A", "cipher", 1): 0.4, ("B", "cipher", 1): 0.5})
-    del runs[grid.key(rows[0].cells[1])]
+    del runs[finished.key(rows[0].cells[1])]
     summary = report.Table("x", "", rows, [("B", "A")]).summary(runs)
     assert summary["rows"]["A"]["cipher"]["runs"] == 1
     assert summary["differences"]["B − A"]["runs"] == 0
     assert "B − A" not in report.markdown(summary)
 
 
-results = pytest.mark.skipif(not grid.TUNED.exists(), reason="no results yet")
+with_results = pytest.mark.skipif(not grid.TUNED.exists(), reason="no results yet")
 
 
-@results
+@with_results
 def test_the_tables_are_those_of_the_runs():
-    runs, page = grid.load(), report.PAGE.read_text()
+    runs, page = finished.load(), report.PAGE.read_text()
     for table in report.tables(grid.read_tuned()):
         summary = json.loads(json.dumps(table.summary(runs)))
-        assert summary == json.loads((grid.RESULTS / f"{table.name}.json").read_text()), table.name
+        assert summary == json.loads((finished.RESULTS / f"{table.name}.json").read_text()), table.name
         shown = re.search(rf"<!-- {table.name} -->\n(.*?)\n?<!-- /{table.name} -->", page, re.DOTALL)[1]
         assert shown == report.markdown(summary)
 
 
-@results
+@with_results
 def test_the_choice_of_each_system_is_its_best_candidate():
     tuned = json.loads(grid.TUNED.read_text())
     for name, candidates in tuned["candidates"].items():
@@ -116,15 +116,15 @@ def test_the_choice_of_each_system_is_its_best_candidate():
         assert means[tuned["chosen"][name]] == max(means), name
 
 
-@results
+@with_results
 @pytest.mark.slow
 def test_a_cell_run_again_is_within_its_interval():
     from examples.paper_in_miniature.run import run
 
     cells = [c for c in grid.rows_of(grid.SDPO, "siblings", grid.read_tuned(), ("cipher",)) if c.seed < 2]
-    runs = grid.load()
+    runs = finished.load()
     kept = [
-        runs[grid.key(c)]["after"]["held_out"]
+        runs[finished.key(c)]["after"]["held_out"]
         for c in grid.rows_of(grid.SDPO, "siblings", grid.read_tuned(), ("cipher",))
     ]
     interval: Estimate = estimate(kept)

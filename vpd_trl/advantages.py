@@ -67,8 +67,7 @@ class AdvantageShaper:
     def _log(self, log_ratio: torch.Tensor, batch: Batch, mask: torch.Tensor) -> None:
         means = Means()
         total = self.trainer.scorer.reduce(log_ratio, torch.zeros_like(log_ratio), mask)  # (N,)
-        for name, outcome in (("successes", 1), ("failures", 0)):
-            means.add(name, total, (batch["outcome"] == outcome) & mask.any(-1))
+        means.add_by_outcome(total, batch["outcome"], mask.any(-1))
         means.add("advantages/log_ratio", log_ratio.abs(), mask)
         reduced = means.reduce(self.trainer.accelerator)
         self.trainer._record("advantages/log_ratio", reduced["advantages/log_ratio"][0])

@@ -174,11 +174,9 @@ class EStep:
         """Mean implicit rewards of successes and of failures, over all processes."""
         means = Means()
         for batch, reward in zip(update.micro_batches, update.rewards, strict=True):
-            eligible = self._eligible(batch)
-            means.add("positive", reward, eligible & (batch["outcome"] == 1))
-            means.add("negative", reward, eligible & (batch["outcome"] == 0))
+            means.add_by_outcome(reward, batch["outcome"], self._eligible(batch))
         reduced = means.reduce(self.trainer.accelerator)
-        return reduced["positive"][0], reduced["negative"][0]
+        return reduced["successes"][0], reduced["failures"][0]
 
     def _reward(self, batch: Batch, teacher_logps: torch.Tensor, prior_logps: torch.Tensor) -> torch.Tensor:
         """Implicit rewards ρ (b,). Eq. 7."""

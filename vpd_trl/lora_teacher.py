@@ -55,7 +55,8 @@ class LoRATeacher(SharedTeacher):
 
     Args:
         trainer: The trainer, with its model.
-        config: What to adapt and how; `None` is rank 16, α 32 on every linear layer. See `check_adapter_config`.
+        config: What to adapt and how, as `check_adapter_config` lets it through; `None` is rank 16, α 32 on every
+            linear layer.
     """
 
     trains_student = False
@@ -66,7 +67,6 @@ class LoRATeacher(SharedTeacher):
     def __init__(self, trainer: VPDTrainer, config: LoraConfig | None = None) -> None:
         super().__init__(trainer)
         self.config = copy.deepcopy(config) if config is not None else LoraConfig(**DEFAULT)  # PEFT writes into it
-        check_adapter_config(self.config)
         self._layers = _inject(causal_lm(trainer.model), self.config, seed=trainer.args.seed)
         head = _name_of(trainer.model.get_output_embeddings(), causal_lm(trainer.model))
         if any(layer.name == head or layer.name.startswith(f"{head}.") for layer in self._layers):
@@ -145,15 +145,14 @@ class LoRATeacher(SharedTeacher):
         loss.backward()
 
     def update(self) -> float:
-        accelerator, args = self.trainer.accelerator, self.trainer.args
+        accelerator = self.trainer.accelerator
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         if accelerator.num_processes > 1:
             flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
             gradients = list(flat.split([g.numel() for g in gradients]))
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        limit = args.max_grad_norm if args.max_grad_norm > 0 else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         optimizer: Any = self.optimizer
         if callable(getattr(optimizer, "train", None)):  # schedule-free optimizers have modes
             optimizer.train()
@@ -264,6 +263,12 @@ def _outermost(model: nn.Module, kinds: Any) -> dict[str, Any]:
     return found
 
 
+def _adapter_layers(model: nn.Module) -> dict[str, Any]:
+    """Adapter layers that are in no other. Modules that the student trains whole stay its own, with what is in them."""
+    found = _outermost(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    return {name: module for name, module in found.items() if not isinstance(module, AuxiliaryTrainingWrapper)}
+
+
 def _inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[_Layer]:
     """
     Let PEFT make the adapter's layers, and take them out of the network again.
@@ -273,9 +278,7 @@ def _inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[_Layer]:
     Raises:
         ValueError: If the student has an adapter that another can't be put on top of.
     """
-    # Modules that the student trains whole stay its own
-    wrappers = _outermost(model, AuxiliaryTrainingWrapper)
-    own = {n: m for n, m in _outermost(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)).items() if n not in wrappers}
+    own = _adapter_layers(model)
     for name, module in own.items():
         if not hasattr(module.get_base_layer(), "weight"):
             raise ValueError(
@@ -294,9 +297,7 @@ def _inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[_Layer]:
             torch.default_generator.manual_seed(seed)
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         layers = []
-        for name, module in _outermost(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)).items():
-            if name in wrappers:
-                continue
+        for name, module in _adapter_layers(model).items():
             student = own.get(name, module.get_base_layer())
             _innermost(module).base_layer = student
             parent, _, attribute = name.rpartition(".")

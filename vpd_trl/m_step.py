@@ -48,8 +48,7 @@ class MStep:
 
         self._means.add("m_step/divergence", per_token.divergence.detach())
         self._means.add("entropy", per_token.entropy)
-        for name, outcome in (("successes", 1), ("failures", 0)):
-            self._means.add(name, log_ratio, (batch["outcome"] == outcome) & mask.any(-1))
+        self._means.add_by_outcome(log_ratio, batch["outcome"], mask.any(-1))
 
         # The denominator is of the whole rollout batch on all processes; each micro-batch is one of
         # `steps_per_generation` on each of them, and their gradients are averaged over processes and added up

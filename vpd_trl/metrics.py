@@ -28,6 +28,11 @@ class Means:
         total = torch.stack([torch.where(mask > 0, values, 0.0).sum(), mask.sum()])
         self._totals[name] = self._totals.get(name, 0.0) + total
 
+    def add_by_outcome(self, values: torch.Tensor, outcome: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add values of rollouts (B,) under "successes" and "failures", those where the boolean `mask` is true."""
+        for name, number in (("successes", 1), ("failures", 0)):
+            self.add(name, values, (outcome == number) & mask)
+
     def reduce(self, accelerator: Any) -> dict[str, tuple[float, float]]:
         """(mean, count) of each name over all processes, the mean NaN where nothing was added; then start anew."""
         if not self._totals:

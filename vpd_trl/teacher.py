@@ -134,6 +134,12 @@ class SharedTeacher:
         peak = getattr(schedule, "base_lrs", [args.learning_rate])[0]
         return args.e_step_learning_rate / peak
 
+    @property
+    def max_grad_norm(self) -> float:
+        """Where gradients are clipped. Without a limit their norm is measured all the same."""
+        limit = self.trainer.args.max_grad_norm
+        return limit if limit > 0 else float("inf")
+
     @contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
         """Around a micro-batch: gradients are reduced over processes in the last one only, as transformers does."""
@@ -157,9 +163,7 @@ class SharedTeacher:
         """Take a step of the optimizer, leave no gradients, and return their norm before clipping."""
         trainer = self.trainer
         with self._synchronized(), self._scaled_learning_rate():
-            # Without a limit the norm is measured all the same
-            limit = trainer.args.max_grad_norm if trainer.args.max_grad_norm > 0 else float("inf")
-            grad_norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), limit)
+            grad_norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), self.max_grad_norm)
             trainer.optimizer.step()
             trainer.model_wrapped.zero_grad()
         return float(grad_norm) if grad_norm is not None else float("nan")

@@ -31,7 +31,7 @@ def check_template(name: str, template: Any, *, needs: Sequence[str], one_of: Se
         raise ValueError(f"{name} lacks the field {', '.join(missing)}; got {template!r}.")
 
 
-def fill(template: str, **values: str) -> str:
+def fill(template: str, /, **values: str) -> str:
     """
     Replace the named fields of a template, once.
 

@@ -18,17 +18,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+from .finished import RESULTS, RUNS, described, held_out, key, load
 from .run import Cell
 from .task import DOMAINS, RIGID
 
 
-RESULTS = Path(__file__).parent / "results"
-RUNS = RESULTS / "runs.jsonl"
 TUNED = RESULTS / "tuned.json"
 
 SEEDS = (0, 1, 2, 3, 4)  # reported
@@ -285,32 +283,13 @@ EXPERIMENTS = {
 # ---- Running
 
 
-def key(c: Cell) -> str:
-    """A run's name: what differs from the defaults."""
-    return json.dumps(described(c), sort_keys=True)
-
-
-def described(c: Cell) -> dict[str, Any]:
-    defaults = {f.name: f.default for f in fields(Cell)}
-    values = {name: value for name, value in asdict(c).items() if value != defaults[name]}
-    return json.loads(json.dumps(values))  # tuples as lists, as in the file
-
-
-def load() -> dict[str, dict[str, Any]]:
-    """The finished runs by their names."""
-    if not RUNS.exists():
-        return {}
-    rows = (json.loads(line) for line in RUNS.read_text().splitlines())
-    return {json.dumps(row["cell"], sort_keys=True): row for row in rows}
-
-
 def choose() -> Tuned:
     """For each system the candidate with the highest mean held-out accuracy on the tuning seeds."""
     runs, chosen, grid = load(), {}, {}
     for feedback, system in TUNED_SYSTEMS:
         name, scores = tuning_name(system, feedback), []
         for i, (rate, overrides) in enumerate(system.candidates):
-            accuracies = [runs[key(c)]["after"]["held_out"] for c in trials(system, feedback, i)]
+            accuracies = [held_out(runs[key(c)]) for c in trials(system, feedback, i)]
             scores.append(sum(accuracies) / len(accuracies))
             grid.setdefault(name, []).append(
                 {"learning_rate": rate, **dict(overrides), "accuracies": [round(a, 4) for a in accuracies]}

@@ -15,12 +15,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from . import grid
+from .finished import Runs, held_out, made
 from .grid import GRPO, JOINT, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_EMA, VPD_LORA, System, Tuned
 from .run import Cell
 from .statistics import Estimate, average
 
-
-Runs = dict[str, dict[str, Any]]
 
 COLORS = {
     GRPO: "#6b7280",
@@ -41,10 +40,6 @@ def draw_all(runs: Runs, tuned: Tuned, folder: Path) -> None:
     turned(runs, tuned).savefig(folder / "density_and_noise.png")
     stability(runs, tuned).savefig(folder / "stability.png")
     plt.close("all")
-
-
-def made(cells: Iterable[Cell], runs: Runs) -> list[tuple[Cell, dict[str, Any]]]:
-    return [(c, run) for c in cells if (run := runs.get(grid.key(c))) is not None]
 
 
 def mean_of(cells: Iterable[Cell], runs: Runs, measure: Callable[[dict[str, Any]], float | None]) -> Estimate:
@@ -86,10 +81,6 @@ def overview(runs: Runs, tuned: Tuned) -> Any:
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(0, 100)
     return figure
-
-
-def held_out(run: dict[str, Any]) -> float:
-    return run["after"]["held_out"]
 
 
 def at(name: str, i: int) -> Callable[[dict[str, Any]], float | None]:

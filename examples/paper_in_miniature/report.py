@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from . import grid, plots
-from .grid import GRPO, RESULTS, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_LORA, System, Tuned
+from .finished import RESULTS, Runs, held_out, load, made
+from .grid import GRPO, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_LORA, System, Tuned
 from .run import Cell
 from .statistics import Estimate, average, estimate
 from .task import DOMAINS, RIGID
 
 
 PAGE = Path(__file__).parent / "README.md"
-Runs = dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -37,22 +37,13 @@ class Row:
     def accuracies(self, runs: Runs, measure: Callable[[dict[str, Any]], float]) -> dict[str, dict[int, float]]:
         """By domain and seed."""
         found: dict[str, dict[int, float]] = {}
-        for c in self.cells:
-            if (run := runs.get(grid.key(c))) is not None:
-                found.setdefault(c.domain, {})[c.seed] = measure(run)
+        for c, run in made(self.cells, runs):
+            found.setdefault(c.domain, {})[c.seed] = measure(run)
         return found
-
-
-def held_out(run: dict[str, Any]) -> float:
-    return run["after"]["held_out"]
 
 
 def before(run: dict[str, Any]) -> float:
     return run["before"]["held_out"]
-
-
-def best(run: dict[str, Any]) -> float:
-    return max(accuracy for _, accuracy in run["curve"])
 
 
 @dataclass
@@ -84,7 +75,7 @@ class Table:
                 [a[d][s] - b[d][s] for s in sorted(a.get(d, {}).keys() & b.get(d, {}).keys())] for d in self.domains
             ]
             differences[f"{first} − {second}"] = vars(average(groups))
-        commits = {run["commit"] for row in self.rows for c in row.cells if (run := runs.get(grid.key(c)))}
+        commits = {run["commit"] for row in self.rows for _, run in made(row.cells, runs)}
         return {
             "caption": self.caption,
             "command": f"python -m examples.paper_in_miniature.grid {self.name}",
@@ -196,7 +187,7 @@ def write_page(parts: dict[str, str]) -> None:
 
 
 def main() -> None:
-    runs, tuned = grid.load(), grid.read_tuned()
+    runs, tuned = load(), grid.read_tuned()
     parts = {}
     for table in tables(tuned):
         summary = table.summary(runs)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import is_offline_mode
 
-from ..text import strip_thinking, text_of
+from ..text import check_template, fill, strip_thinking, text_of
 from .base import RESERVED_KEYWORDS
 from .endpoint import BadReply, ChatEndpoint, Reply
 
@@ -181,8 +181,7 @@ class JudgeFeedback:
         values["prompt"] = _task_text(prompt)
         values["attempt"] = f"<attempt>\n{_TAG.sub('&lt;', text)}\n</attempt>"
         values["outcome"] = {True: "correct", False: "incorrect", None: "not available"}[success]
-        # In one pass, so that fields in the values stay as they are
-        return _FIELD.sub(lambda match: values[match[1]], self.template)
+        return fill(self.template, **values)
 
     def _conversation(self, question: str) -> list[dict[str, str]]:
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
@@ -237,9 +236,8 @@ def _task_text(prompt: Any) -> str:
 def _columns_of(template: Any) -> frozenset[str]:
     """The columns that a template shows."""
     _check_text("template", template)
+    check_template("template", template, needs=("attempt",))
     found = set(_FIELD.findall(template))
-    if "attempt" not in found:
-        raise ValueError(f"template lacks the field {{attempt}}; got {template!r}.")
     wrong = sorted(found.intersection(RESERVED_KEYWORDS))
     if wrong:
         raise ValueError(
