@@ -166,6 +166,8 @@ def main(scenario, folder):
         raise
     finally:
         torch.save(result, f"{folder}/world{world}_rank{rank}.pt")
+    # Threads of the group that still run when the interpreter ends can abort a process that has done its work
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
