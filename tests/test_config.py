@@ -41,6 +41,7 @@ def test_a_count_must_be_a_positive_integer(tmp_path, name, value):
     ("name", "values"),
     [
         ("success_threshold", [float("inf"), "1"]),
+        ("teacher_temperature", [0, -0.1, float("inf")]),
         ("teacher_update_rate", [0, -0.1, 1.1]),
         ("bco_temperature", [0, -1, float("inf")]),
         ("reward_shift_momentum", [-0.1, 1.0]),

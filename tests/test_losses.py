@@ -231,6 +231,24 @@ def test_a_heads_logits_and_token_log_probabilities_equal_the_reference(n, vocab
     agree(head.token_logps(hidden, tokens), expected, inputs)
 
 
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_a_sharpened_heads_probabilities_are_powers_of_the_original_ones(options):
+    hidden, _, head, _ = setting(5, 37, **options)
+    powers = head.logits(hidden).double().softmax(-1) ** (1 / 0.7)
+    sharp = head.sharpened(0.7)
+    assert torch.allclose(sharp.logits(hidden).double().softmax(-1), powers / powers.sum(-1, keepdim=True), atol=1e-6)
+    assert sharp.temperature == head.temperature
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_the_fused_divergence_takes_a_sharpened_teacher(options, alpha):
+    student, teacher, s, t = setting(5, 37, **options)
+    ours = losses.fused_divergence(student, teacher, s, t.sharpened(0.7), alpha=alpha)
+    theirs = reference.full(reference_logits(student, s), reference_logits(teacher, t).detach() / 0.7, alpha)
+    agree(ours.divergence, theirs, [student, s.weight, s.bias])
+
+
 def test_logits_of_a_bfloat16_head_are_float32():
     hidden, _, head, _ = setting(3, 11, dtype=torch.bfloat16)
     assert head.logits(hidden).dtype == torch.float32

@@ -76,8 +76,12 @@ def test_a_padded_m_step_equals_a_loop_over_unpadded_rows(tmp_path, changes):
     assert close(batched, gradients(trainer))
 
 
-def test_the_m_step_is_the_divergence_of_full_logits(tmp_path):
-    trainer = ready(tmp_path, temperature=0.5, divergence="jsd", jsd_weight=0.3)
+@pytest.mark.parametrize("k", [None, 105])
+def test_the_m_step_is_the_divergence_of_full_logits_to_the_sharpened_teacher(tmp_path, k):
+    trainer = ready(
+        tmp_path, temperature=0.5, divergence="jsd", jsd_weight=0.3, teacher_temperature=0.8, distillation_top_k=k
+    )
+    assert k is None or k >= trainer.model.config.vocab_size
     batch = batch_of(trainer)
     total = 0.0
     for i in range(16):
@@ -88,7 +92,7 @@ def test_the_m_step_is_the_divergence_of_full_logits(tmp_path):
             ids = torch.cat([row[f"{name}_ids"], row["completion_ids"]], 1)
             return (trainer.model(ids).logits[0, -n - 1 : -1].double() / 0.5).log_softmax(-1)
 
-        student, teacher = logps("prompt"), logps("teacher_prompt")
+        student, teacher = logps("prompt"), (logps("teacher_prompt") / 0.8).log_softmax(-1)
         m = (0.7 * student.exp() + 0.3 * teacher.exp()).log()
         total += 0.7 * (student.exp() * (student - m)).sum() + 0.3 * (teacher.exp() * (teacher - m)).sum()
     expected = total / batch["completion_mask"].sum()

@@ -48,6 +48,16 @@ class Head(NamedTuple):
         """The same head as a constant."""
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def sharpened(self, temperature: float) -> Head:
+        """
+        The head whose logits are those of this one divided by `temperature`: its probabilities are q^(1/`temperature`),
+        normalised.
+
+        `temperature` stays a field that student and teacher have in common.
+        """
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return self._replace(scale=self.scale / temperature, softcap=softcap)
+
     def token_logps(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (N,) of the tokens (N,) that follow hidden states (N, H), on tiles of the vocabulary."""
         return ChunkedLogProbFunction.apply(

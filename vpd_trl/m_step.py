@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,15 @@ import torch
 from .batch import Batch, loss_mask, rows_of
 from .losses import importance_ratio
 from .metrics import Means
+from .scoring import on_mask
 
 
 if TYPE_CHECKING:
     from .trainer import VPDTrainer
+
+
+# Log-probability, nats, above which the student is sure of a token
+CONFIDENT = math.log(0.9)
 
 
 class MStep:
@@ -40,7 +46,7 @@ class MStep:
         batch = rows_of(inputs, rows)
         mask = loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
 
-        per_token, log_ratio, student_logps = self.trainer.scorer.divergence(model, batch, mask)
+        per_token, teacher_logps, student_logps = self.trainer.scorer.divergence(model, batch, mask)
         weighted = per_token.divergence
         if self.args.m_step_importance_clip is not None:
             old_logps = batch["m_step_old_logps"][mask]
@@ -48,7 +54,7 @@ class MStep:
 
         self._means.add("m_step/divergence", per_token.divergence.detach())
         self._means.add("entropy", per_token.entropy)
-        self._means.add_by_outcome(log_ratio, batch["outcome"], mask.any(-1))
+        self._add_log_ratios(teacher_logps, student_logps, batch["outcome"], mask)
 
         # The denominator is of the whole rollout batch on all processes; each micro-batch is one of
         # `steps_per_generation` on each of them, and their gradients are averaged over processes and added up
@@ -56,6 +62,15 @@ class MStep:
         window = trainer.current_gradient_accumulation_steps / self.args.steps_per_generation
         denominator = inputs["m_step_denominator"].clamp(min=1.0) * window / trainer.accelerator.num_processes
         return weighted.sum() / denominator
+
+    def _add_log_ratios(
+        self, teacher_logps: torch.Tensor, student_logps: torch.Tensor, outcome: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """Take note of log q − log π, from log-probabilities (n,) of the tokens of `mask` (B, T)."""
+        log_ratio = self.trainer.scorer.reduce(on_mask(teacher_logps, mask), on_mask(student_logps, mask), mask)
+        self._means.add_by_outcome(log_ratio, outcome, mask.any(-1))
+        confident = (student_logps > CONFIDENT) & (outcome == 1).unsqueeze(-1).expand_as(mask)[mask]
+        self._means.add("teacher/log_ratio_confident", teacher_logps - student_logps, confident)
 
     def log(self) -> None:
         """Record the metrics of an optimizer step; all processes take part."""

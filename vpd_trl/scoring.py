@@ -50,7 +50,7 @@ class Scorer:
                 return self._head(model).token_logps(hidden, batch["completion_ids"][mask])
 
         unwrapped = self.trainer.accelerator.unwrap_model(model)
-        return _on_mask(self._redirect(model, unwrapped, score, unwrapped), mask)
+        return on_mask(self._redirect(model, unwrapped, score, unwrapped), mask)
 
     def frozen_logps(self, batch: Batch, *, teacher: bool = False) -> torch.Tensor:
         """`sampled_logps` without gradient or dropout, at most `per_device_train_batch_size` rows at a time."""
@@ -63,11 +63,11 @@ class Scorer:
         self, model: Any, batch: Batch, mask: torch.Tensor
     ) -> tuple[TokenDivergence, torch.Tensor, torch.Tensor]:
         """
-        The M-step's divergence on the n tokens of `mask` (B, T), and two diagnostics without gradient.
+        The M-step's divergence on the n tokens of `mask` (B, T), and log-probabilities without gradient.
 
         Returns:
-            The divergence and the student's entropy at each token (n,); log q − log π of each rollout (B,), reduced as
-            the E-step does it; the student's log-probabilities of the sampled tokens (n,).
+            The divergence and the student's entropy at each token (n,); the teacher's and the student's
+            log-probabilities of the sampled tokens (n,), the teacher's as it is, not sharpened.
         """
         unwrapped = self.trainer.accelerator.unwrap_model(model)
         return self._redirect(model, unwrapped, self._divergence, unwrapped, batch, mask)
@@ -78,7 +78,8 @@ class Scorer:
             teacher_head = self._head(model).detach()
         student_hidden, student_head = self._hidden(model, batch, mask, teacher=False), self._head(model)
 
-        pair = (student_hidden, teacher_hidden, student_head, teacher_head)
+        target_head = teacher_head.sharpened(self.args.teacher_temperature)
+        pair = (student_hidden, teacher_hidden, student_head, target_head)
         alpha, k = self.args.divergence_alpha, self.args.distillation_top_k
         with self._head_autocast():
             if k is None:
@@ -89,8 +90,7 @@ class Scorer:
                 sampled = batch["completion_ids"][mask]
                 student_logps = student_head.token_logps(student_hidden, sampled)
                 teacher_logps = teacher_head.token_logps(teacher_hidden, sampled)
-        log_ratio = self.reduce(_on_mask(teacher_logps, mask), _on_mask(student_logps, mask), mask)
-        return per_token, log_ratio, student_logps
+        return per_token, teacher_logps, student_logps
 
     def reduce(self, teacher_logps: torch.Tensor, prior_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Log-ratios (B,) of rollouts from log-probabilities (B, T) of their tokens, as `log_ratio_reduction` says."""
@@ -113,6 +113,6 @@ class Scorer:
         return nullcontext() if self.args.cast_lm_head_to_fp32 else self.trainer.accelerator.autocast()
 
 
-def _on_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def on_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values (n,) put on the n positions of a boolean mask (B, T), 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device, dtype=values.dtype).masked_scatter(mask, values)
