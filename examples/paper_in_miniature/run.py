@@ -128,6 +128,7 @@ def config(cell: Cell, folder: str, device: str) -> VPDConfig:
         output_dir=folder,
         method=cell.method,
         teacher=cell.teacher,
+        teacher_temperature=1.0,
         per_device_train_batch_size=cell.prompts * cell.rollouts,
         num_generations=cell.rollouts,
         max_completion_length=cell.length + 2,  # an answer, or a critique with its mark, and the end of text
