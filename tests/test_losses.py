@@ -249,6 +249,20 @@ def test_the_fused_divergence_takes_a_sharpened_teacher(options, alpha):
     agree(ours.divergence, theirs, [student, s.weight, s.bias])
 
 
+def test_sharpened_log_probabilities_are_exact_for_two_events_and_bound_the_rest():
+    for others in (1, 5):
+        q = torch.cat(
+            [torch.tensor([[0.99, 0.6, 0.2]]), torch.tensor([[0.01, 0.4, 0.8]]).expand(others, 3) / others]
+        ).T
+        powers = q ** (1 / 0.5)
+        exact = (powers / powers.sum(-1, keepdim=True))[:, 0].log()
+        bound = losses.sharpened_logps(q[:, 0].log(), 0.5)
+        assert torch.allclose(bound, exact, atol=1e-5) if others == 1 else (bound < exact).all()
+    ends = torch.tensor([0.0, -torch.inf])
+    assert losses.sharpened_logps(ends, 0.5).tolist() == ends.tolist()
+    assert losses.sharpened_logps(q, 1.0) is q
+
+
 def test_logits_of_a_bfloat16_head_are_float32():
     hidden, _, head, _ = setting(3, 11, dtype=torch.bfloat16)
     assert head.logits(hidden).dtype == torch.float32

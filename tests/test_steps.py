@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
+from vpd_trl import m_step
 from vpd_trl.batch import loss_mask, rows_of
 from vpd_trl.e_step import RewardShift
 from vpd_trl.teacher import EMATeacher, WeightSnapshot
@@ -97,6 +98,38 @@ def test_the_m_step_is_the_divergence_of_full_logits_to_the_sharpened_teacher(tm
         total += 0.7 * (student.exp() * (student - m)).sum() + 0.3 * (teacher.exp() * (teacher - m)).sum()
     expected = total / batch["completion_mask"].sum()
     assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_log_ratios_are_of_sure_tokens_and_ends_of_successes(tmp_path, monkeypatch):
+    sure = -4.5  # a new model is sure of nothing
+    monkeypatch.setattr(m_step, "CONFIDENT", sure)
+    trainer = ready(tmp_path, temperature=0.5, teacher_temperature=0.8)
+    batch, eos = batch_of(trainer), trainer.processing_class.eos_token_id
+    batch["outcome"] = torch.arange(16) % 2
+    for i in range(0, 16, 3):
+        batch["completion_ids"][i, batch["completion_mask"][i].sum() - 1] = eos
+    expected = {"confident": [], "end": []}
+    for i in range(1, 16, 2):
+        row = unpadded(batch, i)
+        ids, n = row["completion_ids"][0], row["completion_ids"].size(1)
+        with torch.no_grad():
+            full = [
+                trainer.model(torch.cat([row[f"{name}_ids"], row["completion_ids"]], 1)).logits[0, -n - 1 : -1] / 0.5
+                for name in ("prompt", "teacher_prompt")
+            ]
+        student, teacher = (x.log_softmax(-1).gather(-1, ids[:, None])[:, 0] for x in full)
+        ratio = (torch.logit(teacher.exp()) / 0.8).sigmoid().log() - student
+        expected["confident"] += ratio[student > sure].tolist()
+        expected["end"] += ratio[ids == eos].tolist()
+    trainer._compute_loss(trainer.model, batch)
+    means = trainer.m_step._means.reduce(trainer.accelerator)
+    total = batch["completion_mask"][1::2].sum()
+    for name, values in expected.items():
+        assert 0 < len(values) < total
+        assert means[f"teacher/log_ratio_{name}"] == (
+            pytest.approx(sum(values) / len(values), abs=1e-4),
+            len(values),
+        )
 
 
 def test_the_m_step_sends_no_gradient_to_the_teacher(tmp_path):

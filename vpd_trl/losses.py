@@ -202,6 +202,18 @@ def topk_divergence(
     return TokenDivergence(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]))
 
 
+def sharpened_logps(logps: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Log-probabilities after `Head.sharpened`, from those before, same shape, nats: log σ(logit(q) / `temperature`).
+
+    Exact where all the other mass is on one event; otherwise too low for a temperature below 1 and too high above it.
+    """
+    if temperature == 1.0:
+        return logps
+    logits = logps - torch.log(-torch.expm1(logps))  # infinite at q = 1, which stays 1
+    return F.logsigmoid(logits / temperature)
+
+
 def importance_ratio(logps: torch.Tensor, old_logps: torch.Tensor, *, clip: float) -> torch.Tensor:
     """
     Clipped importance ratio min(exp(log π − log π_old), `clip`), same shape as its inputs, without gradient.

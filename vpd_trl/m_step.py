@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .batch import Batch, loss_mask, rows_of
-from .losses import importance_ratio
+from .losses import importance_ratio, sharpened_logps
 from .metrics import Means
 from .scoring import on_mask
 
@@ -54,7 +54,7 @@ class MStep:
 
         self._means.add("m_step/divergence", per_token.divergence.detach())
         self._means.add("entropy", per_token.entropy)
-        self._add_log_ratios(teacher_logps, student_logps, batch["outcome"], mask)
+        self._add_log_ratios(teacher_logps, student_logps, batch, mask)
 
         # The denominator is of the whole rollout batch on all processes; each micro-batch is one of
         # `steps_per_generation` on each of them, and their gradients are averaged over processes and added up
@@ -64,13 +64,18 @@ class MStep:
         return weighted.sum() / denominator
 
     def _add_log_ratios(
-        self, teacher_logps: torch.Tensor, student_logps: torch.Tensor, outcome: torch.Tensor, mask: torch.Tensor
+        self, teacher_logps: torch.Tensor, student_logps: torch.Tensor, batch: Batch, mask: torch.Tensor
     ) -> None:
         """Take note of log q − log π, from log-probabilities (n,) of the tokens of `mask` (B, T)."""
+        outcome = batch["outcome"]
         log_ratio = self.trainer.scorer.reduce(on_mask(teacher_logps, mask), on_mask(student_logps, mask), mask)
         self._means.add_by_outcome(log_ratio, outcome, mask.any(-1))
-        confident = (student_logps > CONFIDENT) & (outcome == 1).unsqueeze(-1).expand_as(mask)[mask]
-        self._means.add("teacher/log_ratio_confident", teacher_logps - student_logps, confident)
+        # What of a success the M-step takes back: its target against the student, on tokens that the student is sure of
+        target_logps = sharpened_logps(teacher_logps, self.args.teacher_temperature)
+        success = (outcome == 1).unsqueeze(-1).expand_as(mask)[mask]
+        ends = torch.isin(batch["completion_ids"][mask], torch.tensor(self.trainer.eos_token_ids, device=mask.device))
+        for name, tokens in (("confident", student_logps > CONFIDENT), ("end", ends)):
+            self._means.add(f"teacher/log_ratio_{name}", target_logps - student_logps, success & tokens)
 
     def log(self) -> None:
         """Record the metrics of an optimizer step; all processes take part."""
