@@ -562,6 +562,14 @@ def test_the_saved_adapter_makes_the_teacher_out_of_the_saved_student(tmp_path, 
     assert ("adapter_model.safetensors" in top) is (student == "lora")
 
 
+def test_a_run_without_an_adapter_leaves_none_of_an_earlier_run_beside_its_model(tmp_path):
+    folder = tmp_path / "saved" / "teacher" / "adapter"
+    build(tmp_path).save_model(str(tmp_path / "saved"))
+    assert folder.exists()
+    tiny.trainer(tmp_path).save_model(str(tmp_path / "saved"))
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("save_teacher_adapter", [True, False])
 def test_the_adapter_can_be_left_out_of_what_is_saved_and_pushed(tmp_path, save_teacher_adapter):
     trainer = build(tmp_path, save_teacher_adapter=save_teacher_adapter)

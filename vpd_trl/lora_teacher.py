@@ -203,7 +203,9 @@ class LoRATeacher(SharedTeacher):
         self.optimizer.load_state_dict(state["optimizer"])
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the adapter in PEFT's format."""
+        """Write the adapter in PEFT's format, unless it is to be left out."""
+        if not self.trainer.args.save_teacher_adapter:
+            return super().save_pretrained(folder)
         os.makedirs(folder, exist_ok=True)
         weights = {name: p.detach().to("cpu").contiguous() for name, p in self.parameters.items()}
         save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})

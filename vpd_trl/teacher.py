@@ -9,6 +9,7 @@ which one it has.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -204,7 +205,12 @@ class SharedTeacher:
         pass
 
     def save_pretrained(self, folder: str) -> None:
-        """Write what the teacher has beside the student's weights to a folder, if it has anything for others."""
+        """
+        Write what the teacher has beside the student's weights to a folder.
+
+        If it has nothing for others, the folder of an earlier run goes: it would be taken for this student's.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class EMATeacher(SharedTeacher):

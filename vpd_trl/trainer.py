@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -349,13 +348,8 @@ class VPDTrainer(GRPOTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_teacher(self, output_dir: str) -> None:
-        if not (self.parts.uses_feedback and self.args.should_save):
-            return
-        folder = os.path.join(output_dir, TEACHER_FOLDER)
-        if self.args.save_teacher_adapter:
-            self.teacher.save_pretrained(folder)
-        else:  # of an earlier run: it would be taken for this student's
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.parts.uses_feedback and self.args.should_save:
+            self.teacher.save_pretrained(os.path.join(output_dir, TEACHER_FOLDER))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
