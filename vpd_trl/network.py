@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -16,7 +15,8 @@ from .losses import Head
 
 def causal_lm(model: Any) -> Any:
     """The causal language model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if is_peft_model(model) else model
+    # Not accelerate's `is_peft_model`: that reads PEFT's package metadata each time
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def completion_hidden_states(

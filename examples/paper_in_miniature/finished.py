@@ -44,3 +44,8 @@ def made(cells: Iterable[Cell], runs: Runs) -> list[tuple[Cell, dict[str, Any]]]
 def held_out(run: dict[str, Any]) -> float:
     """Held-out accuracy after training."""
     return run["after"]["held_out"]
+
+
+def collapsed(run: dict[str, Any]) -> bool:
+    """Whether a run ended at less than half of the accuracy that it had reached, or of the one it began with."""
+    return held_out(run) < 0.5 * max(accuracy for _, accuracy in run["curve"])

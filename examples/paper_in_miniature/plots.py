@@ -14,9 +14,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from . import grid
-from .finished import Runs, held_out, made
-from .grid import GRPO, JOINT, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_EMA, VPD_LORA, System, Tuned
+from . import experiments
+from .experiments import GRPO, JOINT, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_EMA, VPD_LORA, Tuned
+from .finished import Runs, collapsed, held_out, made
 from .run import Cell
 from .statistics import Estimate, average
 
@@ -32,14 +32,21 @@ COLORS = {
 }
 
 
-def draw_all(runs: Runs, tuned: Tuned, folder: Path) -> None:
+def draw_all(runs: Runs, tuned: Tuned, folder: Path) -> dict[str, str | None]:
+    """Draw what has runs; the caption of each picture, or `None` where there is nothing to draw yet."""
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 130})
-    overview(runs, tuned).savefig(folder / "overview.png")
-    figure_1(runs, tuned).savefig(folder / "figure_1.png")
-    figure_2(runs, tuned).savefig(folder / "figure_2.png")
-    turned(runs, tuned).savefig(folder / "density_and_noise.png")
-    stability(runs, tuned).savefig(folder / "stability.png")
+    captions: dict[str, str | None] = {}
+    for draw in (overview, figure_1, figure_2, density_and_noise, stability_map, warning_signs):
+        file = folder / f"{draw.__name__}.png"
+        figure = draw(runs, tuned)
+        drawn = any(axes.has_data() for axes in figure.axes)
+        captions[draw.__name__] = str(draw.__doc__).strip().rstrip(".") if drawn else None
+        if drawn:
+            figure.savefig(file)
+        else:
+            file.unlink(missing_ok=True)
     plt.close("all")
+    return captions
 
 
 def mean_of(cells: Iterable[Cell], runs: Runs, measure: Callable[[dict[str, Any]], float | None]) -> Estimate:
@@ -72,7 +79,7 @@ def overview(runs: Runs, tuned: Tuned) -> Any:
         panels, ("environment", "siblings"), ("Environment feedback, sparse rewards", "Siblings"), strict=True
     ):
         for i, system in enumerate(reversed(SYSTEMS)):
-            e = mean_of(grid.rows_of(system, feedback, tuned), runs, held_out)
+            e = mean_of(experiments.rows_of(system, feedback, tuned), runs, held_out)
             if e.runs:
                 half = 100 * e.half if math.isfinite(e.half) else 0
                 axes.barh(i, 100 * e.mean, xerr=half, color=COLORS.get(system, "#a78bfa"), height=0.7, capsize=2)
@@ -98,7 +105,7 @@ def figure_1(runs: Runs, tuned: Tuned) -> Any:
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axes, feedback in zip(panels, ("environment", "siblings"), strict=True):
         for system in (SDPO, SDPO_EMA, VPD, VPD_LORA):
-            cells = list(grid.rows_of(system, feedback, tuned))
+            cells = list(experiments.rows_of(system, feedback, tuned))
             found = made(cells, runs)
             if found:
                 steps = found[0][1]["history"]["step"]
@@ -115,72 +122,100 @@ def figure_1(runs: Runs, tuned: Tuned) -> Any:
 def figure_2(runs: Runs, tuned: Tuned) -> Any:
     """Held-out accuracy over long runs."""
     figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for system in (SDPO, SDPO_EMA, VPD, VPD_LORA):
-        cells = list(grid.rows_of(system, "environment", tuned, steps=grid.LONG))
+    for system in (SDPO, SDPO_EMA, VPD):
+        cells = list(experiments.rows_of(system, "environment", tuned, experiments.FEW, steps=experiments.LONG))
         found = made(cells, runs)
         if found:
             steps = [step for step, _ in found[0][1]["curve"]]
             points = [mean_of(cells, runs, lambda run, i=i: run["curve"][i][1]) for i in range(len(steps))]
             line(axes, steps, points, COLORS[system], system.name, 100)
+            axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("step")
     axes.set_ylabel("held-out accuracy, %")
     axes.set_ylim(0, 100)
-    axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def turned(runs: Runs, tuned: Tuned) -> Any:
-    """Accuracy against the density of rewards, and against the noise of feedback."""
+def density_and_noise(runs: Runs, tuned: Tuned) -> Any:
+    """Held-out accuracy against the density of rewards, and against the noise of feedback."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    lengths = (1, 2, 3)
-    for system in (GRPO, SDPO, JOINT, VPD, VPD_LORA):
-        points = [
-            mean_of(
-                grid.dense(system, n, tuned) if n < 3 else grid.rows_of(system, "environment", tuned), runs, held_out
-            )
-            for n in lengths
-        ]
-        line(left, [8.0**-n for n in lengths], points, COLORS[system], system.name, 100)
+    few = experiments.FEW
+    for system in experiments.DENSE_SYSTEMS:
+        cells = [list(experiments.dense(system, n, tuned)) for n in (1, 2)]
+        if not any(made(c, runs) for c in cells):
+            continue
+        cells.append(list(experiments.rows_of(system, "environment", tuned, few)))
+        points = [mean_of(c, runs, held_out) for c in cells]
+        line(left, [8.0**-n for n in (1, 2, 3)], points, COLORS[system], system.name, 100)
+        left.legend(frameon=False, fontsize=8)
     left.set_xscale("log")
     left.set_xlabel("success rate of the base model (dense → sparse: right to left)")
     left.set_ylabel("held-out accuracy, %")
     left.set_ylim(0, 100)
-    left.legend(frameon=False, fontsize=8)
-    levels = (0.0, *grid.NOISE)
-    for system in (SDPO, VPD, VPD_LORA):
-        points = [mean_of(grid.rows_of(system, "environment", tuned, noise=level), runs, held_out) for level in levels]
-        line(right, levels, points, COLORS[system], system.name, 100)
+    levels = (0.0, *experiments.NOISE)
+    for system in experiments.NOISY_SYSTEMS:
+        cells = [list(experiments.rows_of(system, "environment", tuned, few, noise=level)) for level in levels]
+        if any(made(c, runs) for c in cells[1:]):
+            points = [mean_of(c, runs, held_out) for c in cells]
+            line(right, levels, points, COLORS[system], system.name, 100)
     right.set_xlabel("share of random symbols in feedback")
     return figure
 
 
-def stability(runs: Runs, tuned: Tuned) -> Any:
-    """Siblings at rising learning rates: accuracy, and how many runs collapsed."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    rows: list[tuple[str, System, Any, str, str]] = [
-        (s.name, s, (), COLORS[s], "-") for s in (SDPO, SDPO_EMA, VPD_EMA, VPD_LORA)
-    ]
-    styles = ("-", "--", ":", "-.")
-    rows += [
-        (f"{VPD.name}: {name}", VPD, overrides, COLORS[VPD], style)
-        for (name, overrides), style in zip(grid.REMEDIES.items(), styles, strict=True)
-    ]
-    for label, system, overrides, color, style in rows:
-        per_rate = [list(grid.stable(system, tuned, rate, overrides)) for rate in grid.STABILITY_RATES]
-        for axes, measure in ((left, held_out), (right, collapsed)):
-            estimates = [mean_of(cells, runs, measure) for cells in per_rate]
-            shown = [(r, 100 * e.mean) for r, e in zip(grid.STABILITY_RATES, estimates, strict=True) if e.runs]
-            if shown:
-                axes.plot(*zip(*shown, strict=True), color=color, ls=style, lw=1.8, marker="o", ms=3, label=label)
-    for axes, title in ((left, "held-out accuracy, %"), (right, "collapsed runs, %")):
-        axes.set_xscale("log")
+REMEDY_COLORS = dict(zip(experiments.REMEDIES, ("#c2410c", "#1d4ed8", "#0891b2", "#6b7280", "#a78bfa"), strict=True))
+
+
+def stability_map(runs: Runs, tuned: Tuned) -> Any:
+    """Held-out accuracy and collapsed runs of VPD at rising learning rates."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    for axes_pair, feedback in zip(panels, ("environment", "siblings"), strict=True):
+        for axes, measure, label in zip(
+            axes_pair, (held_out, collapsed), ("held-out accuracy, %", "collapsed runs, %"), strict=True
+        ):
+            for i, (name, (_, _, rates)) in enumerate(experiments.REMEDIES.items()):
+                estimates = [mean_of(experiments.stable(name, feedback, r), runs, measure) for r in rates]
+                shift = 1.02 ** (i - 2)  # beside each other
+                shown = [
+                    (shift * r, 100 * e.mean, 100 * e.half) for r, e in zip(rates, estimates, strict=True) if e.runs
+                ]
+                if shown:
+                    x, y, half = zip(*shown, strict=True)
+                    error = half if measure is held_out else None
+                    axes.errorbar(
+                        x, y, error, color=REMEDY_COLORS[name], lw=1.8, marker="o", ms=4, label=name, capsize=2
+                    )
+            axes.set_xscale("log")
+            axes.set_xticks(experiments.STABILITY_RATES, [f"{r:g}" for r in experiments.STABILITY_RATES])
+            axes.minorticks_off()
+            axes.set_ylim(-3, 103)
+            axes.set_title(f"{feedback}: {label}", loc="left", fontsize=10, fontweight="bold")
+    for axes in panels[1]:
         axes.set_xlabel("learning rate")
-        axes.set_ylabel(title)
-        axes.set_ylim(-3, 103)
-    left.legend(frameon=False, fontsize=7)
+    if panels[0, 0].has_data():
+        panels[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def collapsed(run: dict[str, Any]) -> float:
-    """Whether a run ended at less than half of the accuracy that it had reached, or of the one it began with."""
-    return float(held_out(run) < 0.5 * max(accuracy for _, accuracy in run["curve"]))
+def warning_signs(runs: Runs, tuned: Tuned) -> Any:
+    """What the metrics show around a collapse, and in runs without one."""
+    names = ("completions/clipped_ratio", "teacher/log_ratio_end", "teacher/log_ratio_confident")
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    cells = [
+        c for name in ("as in the paper", "sharpened target") for c in experiments.stable(name, "environment", 6e-4)
+    ]
+    for _, run in made(cells, runs):
+        color = "#c2410c" if collapsed(run) else "#9ca3af"
+        for axes, name in zip(panels, names, strict=True):
+            points = [
+                (step, value)
+                for step, value in zip(run["history"]["step"], run["history"].get(name, []), strict=False)
+                if value is not None
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, lw=1.2, alpha=0.8)
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_xlabel("step")
+        axes.set_title(name, loc="left", fontsize=9, fontweight="bold")
+    panels[1].set_ylim(-0.1, 0.05)
+    panels[2].set_ylim(-0.1, 0.05)
+    return figure

@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import grid, plots
-from .finished import RESULTS, Runs, held_out, load, made
-from .grid import GRPO, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_LORA, System, Tuned
+from . import experiments, grid, plots
+from .experiments import GRPO, SDPO, SYSTEMS, VPD, VPD_LORA, System, Tuned
+from .finished import RESULTS, Runs, collapsed, held_out, load, made
 from .run import Cell
 from .statistics import Estimate, average, estimate
 from .task import DOMAINS, RIGID
 
 
 PAGE = Path(__file__).parent / "README.md"
+FRONT_PAGE = Path(__file__).parents[2] / "README.md"
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Table:
             ]
             differences[f"{first} − {second}"] = vars(average(groups))
         commits = {run["commit"] for row in self.rows for _, run in made(row.cells, runs)}
+        counts = {row.label: sum(collapsed(run) for _, run in made(row.cells, runs)) for row in self.rows}
         return {
             "caption": self.caption,
             "command": f"python -m examples.paper_in_miniature.grid {self.name}",
@@ -83,16 +85,18 @@ class Table:
             "seeds": sorted({c.seed for row in self.rows for c in row.cells}),
             "measure": "held-out accuracy after training; half: half the width of the 95 % interval",
             "rows": rows,
+            "collapsed": counts,
             "differences": differences,
         }
 
 
 def markdown(summary: dict[str, Any]) -> str:
     columns = list(next(iter(summary["rows"].values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines = ["| | " + " | ".join([*columns, "collapsed"]) + " |", "|---|" + "---|" * (len(columns) + 1)]
     for label, row in summary["rows"].items():
-        if row["average"]["runs"]:
+        if runs := row["average"]["runs"]:
             cells = [str(Estimate(**row[c])) for c in columns]
+            cells.append(f"{summary['collapsed'][label]} of {runs}" if label in summary["collapsed"] else "")
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     if len(lines) == 2:
         return "Not run yet."
@@ -113,11 +117,12 @@ def tables(tuned: Tuned) -> list[Table]:
         cold_start(tuned),
         rigid(tuned),
         lora_teacher(tuned),
+        stability(tuned),
     ]
 
 
 def row(system: System, feedback: str, tuned: Tuned, label: str | None = None, **changes: Any) -> Row:
-    return Row(label or system.name, list(grid.rows_of(system, feedback, tuned, **changes)))
+    return Row(label or system.name, list(experiments.rows_of(system, feedback, tuned, **changes)))
 
 
 def main_table(name: str, caption: str, feedback: str, tuned: Tuned) -> Table:
@@ -144,46 +149,69 @@ def table_4(tuned: Tuned) -> Table:
 
 
 def table_5(tuned: Tuned) -> Table:
+    few, long = experiments.FEW, experiments.LONG
     rows = [
-        row(VPD, "environment", tuned, "dynamic prior", steps=grid.LONG),
-        row(VPD, "environment", tuned, "fixed prior", steps=grid.LONG, overrides=grid.FIXED_PRIOR),
+        row(VPD, "environment", tuned, "dynamic prior", domains=few, steps=long),
+        row(VPD, "environment", tuned, "fixed prior", domains=few, steps=long, overrides=experiments.FIXED_PRIOR),
     ]
-    return Table("table_5", f"The prior, after {grid.LONG} steps", rows, [("dynamic prior", "fixed prior")])
+    return Table("table_5", f"The prior, after {long} steps", rows, [("dynamic prior", "fixed prior")], few)
 
 
 def cold_start(tuned: Tuned) -> Table:
-    rows = [row(GRPO, "siblings", tuned, skill=0.0)]
-    rows += [row(s, "environment", tuned, length=2, skill=0.0) for s in (SDPO, SDPO_EMA, VPD, VPD_LORA)]
-    pairs = [(s.name, GRPO.name) for s in (SDPO, VPD, VPD_LORA)] + [(VPD.name, SDPO.name)]
-    return Table("cold_start", "A base model that can't read feedback", rows, pairs)
+    few = experiments.FEW
+    rows = [row(GRPO, "siblings", tuned, domains=few, skill=0.0)]
+    rows += [row(s, "environment", tuned, domains=few, length=2, skill=0.0) for s in experiments.COLD_SYSTEMS]
+    pairs = [(s.name, GRPO.name) for s in experiments.COLD_SYSTEMS] + [(VPD.name, SDPO.name)]
+    return Table("cold_start", "A base model that can't read feedback", rows, pairs, few)
 
 
 def lora_teacher(tuned: Tuned) -> Table:
-    rows, pairs = [], []
-    for feedback in ("environment", "siblings"):
-        labels = {name: f"{feedback}: {name}" for name in grid.ADAPTERS}
-        rows += [Row(labels[name], list(grid.adapted(name, feedback, tuned))) for name in grid.ADAPTERS]
-        default = labels["fast and fading (default)"]
-        pairs += [(default, label) for label in labels.values() if label != default]
-    return Table("lora_teacher", "The LoRA teacher's adapter", rows, pairs, grid.STABILITY_DOMAINS)
+    rows = [Row(name, list(experiments.adapted(name, tuned))) for name in experiments.ADAPTERS]
+    default = "fast and fading (default)"
+    pairs = [(default, name) for name in experiments.ADAPTERS if name != default]
+    return Table("lora_teacher", "The LoRA teacher's adapter, environment feedback", rows, pairs, experiments.FEW)
 
 
 def rigid(tuned: Tuned) -> Table:
-    seeds = sorted({c.seed for c in grid.rigid(tuned)})
-    rows = [Row(s.name, grid.rigid_runs(s, tuned, seeds)) for s in grid.RIGID_SYSTEMS]
-    pairs = [(s.name, GRPO.name) for s in (SDPO, VPD, VPD_LORA)] + [(VPD.name, SDPO.name)]
+    seeds = sorted({c.seed for c in experiments.rigid(tuned)})
+    rows = [Row(s.name, experiments.rigid_runs(s, tuned, seeds)) for s in experiments.RIGID_SYSTEMS]
+    pairs = [(s.name, GRPO.name) for s in (SDPO, VPD)] + [(VPD.name, SDPO.name)]
     return Table("rigid", "A chain of which feedback makes up all but the end", rows, pairs, (RIGID,))
 
 
-def write_page(parts: dict[str, str]) -> None:
+def stability(tuned: Tuned) -> Table:
+    rows = []
+    for feedback in ("environment", "siblings"):
+        for name, (_, _, rates) in experiments.REMEDIES.items():
+            for rate in rates:
+                label = f"{feedback}: {name}, {rate:g}"
+                rows.append(Row(label, list(experiments.stable(name, feedback, rate))))
+    pairs = [
+        (f"{feedback}: sharpened target, {rate:g}", f"{feedback}: as in the paper, {rate:g}")
+        for feedback in ("environment", "siblings")
+        for rate in experiments.STABILITY_RATES
+    ]
+    return Table("stability", "Learning rates and remedies", rows, pairs, experiments.FEW)
+
+
+def comparison(runs: Runs, tuned: Tuned) -> str:
+    """The averages of tables 1 and 2 beside each other, for the project's first page."""
+    lines = ["| held-out accuracy, % | environment feedback, sparse rewards | siblings |", "|---|---|---|"]
+    summaries = [t.summary(runs)["rows"] for t in tables(tuned)[:2]]
+    for label in ("Base model", *(s.name for s in SYSTEMS)):
+        lines.append(f"| {label} | " + " | ".join(str(Estimate(**s[label]["average"])) for s in summaries) + " |")
+    return "\n".join(lines)
+
+
+def write_page(page: Path, parts: dict[str, str]) -> None:
     """Put each part between its markers in the page."""
-    text = PAGE.read_text()
+    text = page.read_text()
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            sys.exit(f"{PAGE.name} has no place for {name}.")
+            sys.exit(f"{page} has no place for {name}.")
         text = pattern.sub(lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text)  # type: ignore[misc]
-    PAGE.write_text(text)
+    page.write_text(text)
 
 
 def main() -> None:
@@ -194,8 +222,10 @@ def main() -> None:
         (RESULTS / f"{table.name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         parts[table.name] = markdown(summary)
         print(f"\n{table.caption}\n{parts[table.name]}")
-    write_page(parts)
-    plots.draw_all(runs, tuned, RESULTS)
+    for name, caption in plots.draw_all(runs, tuned, RESULTS).items():
+        parts[name] = f"![{caption}](results/{name}.png)" if caption else "Not run yet."
+    write_page(PAGE, parts)
+    write_page(FRONT_PAGE, {"miniature-table": comparison(runs, tuned)})
 
 
 if __name__ == "__main__":
