@@ -184,3 +184,9 @@ def test_the_configuration_parses_from_a_command_line(tmp_path):
     assert (parsed.method, parsed.distillation_top_k, parsed.e_step_learning_rate) == ("sdpo", 20, 1e-5)
     assert parsed.strip_thinking is False
     assert parsed.e_step_batch_size is None
+
+
+@pytest.mark.parametrize(("teacher", "expected"), [("shared", 0.5), ("ema", 1.0), ("lora", 1.0)])
+def test_only_a_shared_teacher_is_sharpened_unless_asked(tmp_path, teacher, expected):
+    assert tiny.config(tmp_path, teacher=teacher).target_temperature == expected
+    assert tiny.config(tmp_path, teacher=teacher, teacher_temperature=0.8).target_temperature == 0.8

@@ -291,7 +291,7 @@ def test_without_e_steps_a_lora_teacher_is_the_shared_one_to_the_bit(tmp_path):
     never = {"e_step_min_per_class": 1000}
     lora = build(tmp_path / "a", **never)
     lora.train()
-    shared = tiny.trainer(tmp_path / "b", e_step_frequency=1, **never)
+    shared = tiny.trainer(tmp_path / "b", e_step_frequency=1, teacher_temperature=1.0, **never)
     shared.train()
     assert tiny.same(tiny.weights(lora), tiny.weights(shared))
 

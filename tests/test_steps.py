@@ -399,7 +399,7 @@ def test_a_fixed_prior_is_the_adapter_that_was_passed_not_the_base_model(tmp_pat
 
 
 def test_student_and_teacher_are_on_one_scale_at_any_temperature(tmp_path, tokenizer):
-    trainer = ready(tmp_path, tok=tokenizer, temperature=0.5)
+    trainer = ready(tmp_path, tok=tokenizer, temperature=0.5, teacher_temperature=1.0)
     batch = batch_of(trainer)
     batch |= {"teacher_prompt_ids": batch["prompt_ids"], "teacher_prompt_mask": batch["prompt_mask"]}
     ratio = trainer.scorer.frozen_logps(batch, teacher=True) - trainer.scorer.frozen_logps(batch)

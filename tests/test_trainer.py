@@ -1,6 +1,8 @@
 """The trainer does what GRPOTrainer does where it should, and takes what GRPOTrainer takes."""
 
 import asyncio
+import logging
+import math
 import warnings
 
 import pandas as pd
@@ -12,6 +14,7 @@ from transformers import Qwen3Config
 from trl import GRPOConfig, GRPOTrainer
 
 from tests import tiny
+from vpd_trl.watch import Watch
 
 
 def metrics(trainer, name):
@@ -436,6 +439,28 @@ def test_e_steps_that_never_run_warn_with_advice(tmp_path, caplog):
         trainer.train()
     assert "The last 3 E-steps were skipped" in caplog.text
     assert "0 successes and 8 failures" in caplog.text
+
+
+def test_answers_that_lose_their_end_are_warned_of_once_until_they_recover(caplog):
+    watch = Watch(logging.getLogger("vpd_trl.trainer"))
+    with caplog.at_level("WARNING"):
+        for value in (*[-0.02] * 4, 0.0, *[-0.02] * 4):
+            watch.ends(value)
+        assert not caplog.records
+        for value in [-0.02] * 9:
+            watch.ends(value)
+    assert len(caplog.records) == 1
+    assert "teacher/log_ratio_end, now -0.020 nats" in caplog.text
+
+
+def test_the_trainer_watches_the_ends_of_successes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Watch, "ends", lambda self, log_ratio: seen.append(log_ratio))
+    trainer = tiny.trainer(tmp_path, success_threshold=-1.0, max_steps=2, max_completion_length=64)
+    trainer.train()
+    logged = [x for x in metrics(trainer, "teacher/log_ratio_end") if x is not None and not math.isnan(x)]
+    assert seen
+    assert seen == pytest.approx(logged)
 
 
 @pytest.mark.parametrize("changes", [{"final_logit_softcapping": 5.0}, {"logit_scale": 0.3}, {"logits_scaling": 4.0}])

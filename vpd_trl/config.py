@@ -59,11 +59,12 @@ class VPDConfig(GRPOConfig):
             that follows once per rollout batch; the E-step trains the network that it follows. `"lora"`: the student's
             and a LoRA adapter on top of them, which is all that the E-step then trains (`teacher_peft_config` of the
             trainer).
-        teacher_temperature (`float`, *optional*, defaults to `1.0`):
-            τ above 0: the M-step's target is q^(1/τ), normalised, where q is the teacher. `1.0` is the paper's. A live
-            teacher shares every weight that the M-step changes; where it is a little less sure than the student, both
-            flatten step by step, until answers have no end any more. A τ below 1 turns that around. The E-step and the
-            advantage methods see the teacher as it is.
+        teacher_temperature (`float` or `None`, *optional*):
+            τ above 0: the M-step's target is q^(1/τ), normalised, where q is the teacher; 1 is the paper's. `None`: 0.5
+            for a `"shared"` teacher, else 1. A shared teacher moves with every M-step. Where it is a little less sure
+            than the student both flatten, ever faster, until answers have no end any more; a sharper target turns that
+            around, and costs variety where the teacher is unsure (measured in examples/paper_in_miniature). The E-step
+            and the advantage methods see the teacher as it is.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Rate r in (0, 1] of the `"ema"` teacher: average ← (1 − r) · average + r · student. The paper has 0.05 for
             science and mathematics, 0.01 for code.
@@ -154,7 +155,7 @@ class VPDConfig(GRPOConfig):
 
     # Teacher context
     teacher: str = field(default="shared", metadata={"help": "Weights of the M-step's targets: 'shared' (the student's), 'ema' (their moving average) or 'lora' (the student's and an adapter of the teacher's own)."})
-    teacher_temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the M-step's target: below 1 it is sharper than the teacher."})
+    teacher_temperature: float | None = field(default=None, metadata={"help": "Divides the logits of the M-step's target: below 1 it is sharper than the teacher. None: 0.5 with teacher='shared', else 1. Paper: 1."})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate r in (0, 1] of the 'ema' teacher: average <- (1 - r) * average + r * student, once per rollout batch. Paper: 0.05 (science), 0.01 (code)."})
     teacher_adapter_decay: float = field(default=0.1, metadata={"help": "Share of the 'lora' teacher's adapter that fades after each rollout batch, in [0, 1), as the student takes over what it does."})
     save_teacher_adapter: bool = field(default=True, metadata={"help": "Whether save_model and a push to the Hub take the 'lora' teacher's adapter along (folder teacher/adapter)."})
@@ -219,6 +220,13 @@ class VPDConfig(GRPOConfig):
         return METHODS[self.method]
 
     @property
+    def target_temperature(self) -> float:
+        """`teacher_temperature`, or its default for this teacher."""
+        if self.teacher_temperature is not None:
+            return self.teacher_temperature
+        return 0.5 if self.teacher == "shared" else 1.0
+
+    @property
     def divergence_alpha(self) -> float:
         """`divergence` as one number: 0 is the forward KL, 1 the reverse KL, between them the JSD's weight."""
         return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.jsd_weight}[self.divergence]
@@ -259,7 +267,9 @@ class VPDConfig(GRPOConfig):
                 "method='vpd', or teacher='shared' or 'ema'."
             )
         self._check_number("success_threshold", "a finite number", lambda x: abs(x) != float("inf"))
-        self._check_number("teacher_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"))
+        self._check_number(
+            "teacher_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"), optional=True
+        )
         self._check_number("teacher_update_rate", "a number in (0, 1]", lambda x: 0 < x <= 1)
         self._check_number("teacher_adapter_decay", "a number in [0, 1)", lambda x: 0 <= x < 1)
         self._check_number("bco_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"))

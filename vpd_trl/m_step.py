@@ -71,7 +71,7 @@ class MStep:
         log_ratio = self.trainer.scorer.reduce(on_mask(teacher_logps, mask), on_mask(student_logps, mask), mask)
         self._means.add_by_outcome(log_ratio, outcome, mask.any(-1))
         # What of a success the M-step takes back: its target against the student, on tokens that the student is sure of
-        target_logps = sharpened_logps(teacher_logps, self.args.teacher_temperature)
+        target_logps = sharpened_logps(teacher_logps, self.args.target_temperature)
         success = (outcome == 1).unsqueeze(-1).expand_as(mask)[mask]
         ends = torch.isin(batch["completion_ids"][mask], torch.tensor(self.trainer.eos_token_ids, device=mask.device))
         for name, tokens in (("confident", student_logps > CONFIDENT), ("end", ends)):
@@ -89,3 +89,6 @@ class MStep:
             del means["entropy"]  # TRL records it over all rollouts
         for name, (value, _) in means.items():
             self.trainer._record(name, value)
+        end, count = means["teacher/log_ratio_end"]
+        if count:
+            self.trainer._watch.ends(end)

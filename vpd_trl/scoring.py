@@ -78,7 +78,7 @@ class Scorer:
             teacher_head = self._head(model).detach()
         student_hidden, student_head = self._hidden(model, batch, mask, teacher=False), self._head(model)
 
-        target_head = teacher_head.sharpened(self.args.teacher_temperature)
+        target_head = teacher_head.sharpened(self.args.target_temperature)
         pair = (student_hidden, teacher_hidden, student_head, target_head)
         alpha, k = self.args.divergence_alpha, self.args.distillation_top_k
         with self._head_autocast():
