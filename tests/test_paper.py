@@ -92,6 +92,16 @@ def test_differences_are_taken_run_by_run():
     assert (summary["seeds"], summary["commits"]) == ([0, 1, 2], ["abc"])
 
 
+def test_a_course_knows_when_rewards_fell_for_good_and_when_the_warning_came():
+    def run(rewards, ends):
+        return {"history": {"step": [5, 10, 15, 20, 25], "reward": rewards, "teacher/log_ratio_end": ends}}
+
+    ends = [None, -0.001, -0.02, 0.0, -1.0]
+    assert finished.course(run([0.0, 0.1, 0.5, 0.4, 0.1], ends), -0.01) == finished.Course(fall=20, warning=15)
+    assert finished.course(run([0.0, 0.5, 0.1, 0.4, 0.5], ends), -0.03) == finished.Course(fall=None, warning=25)
+    assert finished.course(run([0.0, 0.09, 0.0, 0.0, 0.0], [0.0] * 5), -0.01) == finished.Course(None, None)
+
+
 def test_missing_runs_are_left_out_and_counted():
     rows, runs = runs_of({("A", "cipher", 0): 0.2, ("A", "cipher", 1): 0.4, ("B", "cipher", 1): 0.5})
     del runs[finished.key(rows[0].cells[1])]

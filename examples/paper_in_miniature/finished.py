@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +49,31 @@ def held_out(run: dict[str, Any]) -> float:
 def collapsed(run: dict[str, Any]) -> bool:
     """Whether a run ended at less than half of the accuracy that it had reached, or of the one it began with."""
     return held_out(run) < 0.5 * max(accuracy for _, accuracy in run["curve"])
+
+
+@dataclass(frozen=True)
+class Course:
+    """
+    How a run went, from its metrics' curves: the steps at which its reward fell for good and a warning came.
+
+    Attributes:
+        fall: The step after which the mean reward stayed below half of its best, or `None`. Rewards that never reached
+            0.1 have nothing to fall from.
+        warning: The first step at which `teacher/log_ratio_end` was below the trainer's limit, or `None`.
+    """
+
+    fall: int | None
+    warning: int | None
+
+
+def course(run: dict[str, Any], limit: float) -> Course:
+    """The course of a run; curves are means over a few steps, as long as the trainer wants to see before it warns."""
+    steps, rewards = run["history"]["step"], run["history"]["reward"]
+    ends = run["history"].get("teacher/log_ratio_end", [])
+    best = max(r for r in rewards if r is not None)
+    low = [r is None or r < best / 2 for r in rewards]
+    fall = None
+    if best >= 0.1 and low[-1]:
+        fall = steps[max(i for i, is_low in enumerate(low) if not is_low)]
+    below = [step for step, end in zip(steps, ends, strict=False) if end is not None and end < limit]
+    return Course(fall, below[0] if below else None)

@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from vpd_trl.watch import FADING_END
 
 from . import experiments, grid, plots
 from .experiments import GRPO, SDPO, SYSTEMS, VPD, VPD_LORA, System, Tuned
-from .finished import RESULTS, Runs, collapsed, held_out, load, made
+from .finished import RESULTS, Runs, collapsed, course, held_out, load, made
 from .run import Cell
 from .statistics import Estimate, average, estimate
 from .task import DOMAINS, RIGID
@@ -194,6 +197,26 @@ def stability(tuned: Tuned) -> Table:
     return Table("stability", "Learning rates and remedies", rows, pairs, experiments.FEW)
 
 
+def warnings(runs: Runs) -> str:
+    """What the trainer's warning is worth in the stability runs."""
+    lines = [
+        "| | runs | fell | warned before | steps ahead, median | warned, did not fall |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (_, _, rates) in experiments.REMEDIES.items():
+        cells = [c for f in ("environment", "siblings") for rate in rates for c in experiments.stable(name, f, rate)]
+        # Runs of earlier versions lack the metric
+        there = [run for _, run in made(cells, runs) if "teacher/log_ratio_end" in run["history"]]
+        courses = [course(run, FADING_END) for run in there]
+        fell = [c for c in courses if c.fall is not None]
+        ahead = [c.fall - c.warning for c in fell if c.warning is not None and c.warning < c.fall]
+        false = sum(c.fall is None and c.warning is not None for c in courses)
+        lead = f"{median(ahead):.0f}" if ahead else ""
+        if courses:
+            lines.append(f"| {name} | {len(courses)} | {len(fell)} | {len(ahead)} | {lead} | {false} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not run yet."
+
+
 def comparison(runs: Runs, tuned: Tuned) -> str:
     """The averages of tables 1 and 2 beside each other, for the project's first page."""
     lines = ["| held-out accuracy, % | environment feedback, sparse rewards | siblings |", "|---|---|---|"]
@@ -222,6 +245,7 @@ def main() -> None:
         (RESULTS / f"{table.name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         parts[table.name] = markdown(summary)
         print(f"\n{table.caption}\n{parts[table.name]}")
+    parts["warnings"] = warnings(runs)
     for name, caption in plots.draw_all(runs, tuned, RESULTS).items():
         parts[name] = f"![{caption}](results/{name}.png)" if caption else "Not run yet."
     write_page(PAGE, parts)
