@@ -34,12 +34,15 @@ def test_a_single_run_has_no_interval():
     assert math.isnan(estimate([]).mean)
 
 
-TUNED = {experiments.tuning_name(system, feedback): 1 for feedback, system in experiments.TUNED_SYSTEMS}
+TUNED = {experiments.tuning_name(system, feedback): 0 for feedback, system in experiments.TUNED_SYSTEMS}
 
 
 def test_every_system_is_tuned_with_the_same_budget_and_never_on_reported_seeds():
-    assert {len(system.candidates) for system in experiments.SYSTEMS} == {5}
-    assert all(len(set(system.candidates)) == 5 for system in experiments.SYSTEMS)
+    candidates: dict[tuple[str, str], list] = {}
+    for system in experiments.SYSTEMS:
+        candidates.setdefault((system.method, system.teacher), []).extend(system.candidates)
+    assert {len(found) for found in candidates.values()} == {5}
+    assert all(len(set(found)) == 5 for found in candidates.values())
     tried = {c.seed for c in grid.first_trials()} | set(grid.TUNING_SEEDS)
     reported = {c.seed for experiment in experiments.EXPERIMENTS.values() for c in experiment(TUNED)}
     assert tried.isdisjoint(reported)
@@ -151,8 +154,9 @@ def test_the_choice_of_each_system_is_the_better_one_of_its_two_best_candidates(
         first = sorted((sum(a[:count]) for a in reached), reverse=True)
         full = [a for a in reached if len(a) == count * len(grid.TUNING_SEEDS)]
         chosen = reached[tuned["chosen"][name]]
-        assert sum(chosen) == max(map(sum, full)), name
-        assert sum(chosen[:count]) >= first[1], name
+        if len(reached) > 1:
+            assert sum(chosen) == max(map(sum, full)), name
+            assert sum(chosen[:count]) >= first[1], name
 
 
 @with_results

@@ -22,7 +22,8 @@ class System:
     """
     A row of the paper's tables.
 
-    `candidates` are what tuning chooses from: a learning rate and fields of `VPDConfig`. Each system has five.
+    `candidates` are what tuning chooses from: a learning rate and fields of `VPDConfig`. Each system has five, over its
+    two rows if there are two.
     """
 
     name: str
@@ -36,25 +37,34 @@ def candidates(field: str, *values: Any) -> tuple[tuple[float, Overrides], ...]:
     return tuple((rate, ((field, value),)) for rate in (3e-4, 6e-4) for value in values)
 
 
-def distilling(divergence: str = "forward_kl") -> tuple[tuple[float, Overrides], ...]:
+SHARP = 0.5  # the library's default for a teacher that shares the student's weights; 1 is the paper's
+
+
+def distilling(divergence: str) -> tuple[tuple[float, Overrides], ...]:
     """Two learning rates times two divergences, and one of these with a sharpened target."""
-    sharp = (6e-4, (("divergence", divergence), ("teacher_temperature", SHARP)))
-    return (*candidates("divergence", "jsd", "forward_kl"), sharp)
+    return (*DIVERGENCE, sharpened(divergence))
 
 
-SHARP = 0.5
+def sharpened(divergence: str) -> tuple[float, Overrides]:
+    return 6e-4, (("divergence", divergence), ("teacher_temperature", SHARP))
+
+
+DIVERGENCE = candidates("divergence", "jsd", "forward_kl")
 MIX = (*candidates("advantage_mix", 0.5, 0.1), (1e-3, (("advantage_mix", 0.1),)))
 
 GRPO = System("GRPO", "grpo", candidates=tuple((rate, ()) for rate in (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)))
-SDPO = System("SDPO, live teacher", "sdpo", "shared", distilling())
-SDPO_EMA = System("SDPO, EMA teacher", "sdpo", "ema", distilling())
+# A teacher with the student's weights has two rows. The sharpened one has no choice of its own
+SDPO = System("SDPO, live teacher", "sdpo", "shared", DIVERGENCE)
+SDPO_SHARP = System("SDPO, live teacher, sharpened", "sdpo", "shared", (sharpened("forward_kl"),))
+SDPO_EMA = System("SDPO, EMA teacher", "sdpo", "ema", distilling("forward_kl"))
 JOINT = System("SDPO+RL, joint loss", "joint_loss", "shared", distilling("jsd"))
 RESHAPE = System("SDPO+RL, advantage reshaping", "advantage_reshaping", "shared", MIX)
 REWEIGHT = System("SDPO+RL, advantage reweighting", "advantage_reweighting", "shared", MIX)
-VPD = System("VPD, shared teacher", "vpd", "shared", distilling())
-VPD_EMA = System("VPD, EMA teacher", "vpd", "ema", distilling())
-VPD_LORA = System("VPD, LoRA teacher", "vpd", "lora", distilling())
-SYSTEMS = (GRPO, SDPO, SDPO_EMA, JOINT, RESHAPE, REWEIGHT, VPD, VPD_EMA, VPD_LORA)
+VPD_PAPER = System("VPD, shared teacher, not sharpened", "vpd", "shared", DIVERGENCE)
+VPD = System("VPD, shared teacher", "vpd", "shared", (sharpened("forward_kl"),))
+VPD_EMA = System("VPD, EMA teacher", "vpd", "ema", distilling("forward_kl"))
+VPD_LORA = System("VPD, LoRA teacher", "vpd", "lora", distilling("forward_kl"))
+SYSTEMS = (GRPO, SDPO, SDPO_SHARP, SDPO_EMA, JOINT, RESHAPE, REWEIGHT, VPD_PAPER, VPD, VPD_EMA, VPD_LORA)
 
 Tuned = dict[str, int]  # the chosen candidate of each system with each feedback
 
@@ -93,7 +103,7 @@ def rows_of(
 
 
 TUNED_SYSTEMS = [("environment", s) for s in SYSTEMS] + [("siblings", s) for s in SYSTEMS]
-TUNED_SYSTEMS += [("critique", SDPO), ("critique", VPD)]
+TUNED_SYSTEMS += [("critique", SDPO_SHARP), ("critique", VPD)]
 
 
 def table_1(tuned: Tuned) -> list[Cell]:
@@ -108,7 +118,7 @@ def table_2(tuned: Tuned) -> list[Cell]:
 
 def table_3(tuned: Tuned) -> list[Cell]:
     """Self-critique; siblings are in table 2."""
-    return evenly(*(rows_of(system, "critique", tuned) for system in (SDPO, VPD)))
+    return evenly(*(rows_of(system, "critique", tuned) for system in (SDPO_SHARP, VPD)))
 
 
 def table_4(tuned: Tuned) -> list[Cell]:
@@ -138,10 +148,10 @@ def table_5(tuned: Tuned) -> list[Cell]:
 
 def figure_2(tuned: Tuned) -> list[Cell]:
     """Late degradation: long runs; VPD's are those of table 5."""
-    return evenly(*(rows_of(s, "environment", tuned, FEW, steps=LONG) for s in (SDPO, SDPO_EMA)))
+    return evenly(*(rows_of(s, "environment", tuned, FEW, steps=LONG) for s in (SDPO, SDPO_SHARP, SDPO_EMA)))
 
 
-DENSE_SYSTEMS = (GRPO, SDPO, JOINT, VPD)
+DENSE_SYSTEMS = (GRPO, SDPO_SHARP, JOINT, VPD)
 
 
 def density(tuned: Tuned) -> list[Cell]:
@@ -156,7 +166,7 @@ def dense(system: System, length: int, tuned: Tuned) -> Iterator[Cell]:
     return rows_of(system, "environment", tuned, FEW, length=length)
 
 
-NOISY_SYSTEMS = (SDPO, VPD)
+NOISY_SYSTEMS = (SDPO_SHARP, VPD)
 
 
 def noise(tuned: Tuned) -> list[Cell]:
@@ -164,7 +174,7 @@ def noise(tuned: Tuned) -> list[Cell]:
     return evenly(*(rows_of(s, "environment", tuned, FEW, noise=level) for level in NOISE for s in NOISY_SYSTEMS))
 
 
-COLD_SYSTEMS = (SDPO, VPD, VPD_LORA)
+COLD_SYSTEMS = (SDPO_SHARP, VPD, VPD_LORA)
 
 
 def cold_start(tuned: Tuned) -> list[Cell]:
@@ -180,7 +190,7 @@ def rigid(tuned: Tuned) -> list[Cell]:
     ]
 
 
-RIGID_SYSTEMS = (GRPO, SDPO, JOINT, VPD)
+RIGID_SYSTEMS = (GRPO, SDPO_SHARP, JOINT, VPD)
 
 
 def rigid_runs(system: System, tuned: Tuned, seeds: Sequence[int]) -> list[Cell]:
@@ -213,11 +223,11 @@ def adapted(name: str, tuned: Tuned) -> Iterator[Cell]:
 # tried; an EMA teacher, which is such a copy, for comparison
 STABILITY_RATES = (3e-4, 6e-4, 1e-3)
 REMEDIES: dict[str, tuple[System, Overrides, tuple[float, ...]]] = {
-    "as in the paper": (VPD, (), STABILITY_RATES),
-    "sharpened target": (VPD, (("teacher_temperature", SHARP),), STABILITY_RATES),
+    "as in the paper": (VPD_PAPER, (), STABILITY_RATES),
+    "sharpened target": (VPD_PAPER, (("teacher_temperature", SHARP),), STABILITY_RATES),
     "EMA teacher": (VPD_EMA, (), STABILITY_RATES),
-    "warm-up of 50 steps": (VPD, (("warmup_steps", 50),), (6e-4,)),
-    "4 of each class per E-step": (VPD, (("e_step_min_per_class", 4),), (6e-4,)),
+    "warm-up of 50 steps": (VPD_PAPER, (("warmup_steps", 50),), (6e-4,)),
+    "4 of each class per E-step": (VPD_PAPER, (("e_step_min_per_class", 4),), (6e-4,)),
 }
 
 

@@ -78,7 +78,8 @@ def best_two(system: System, feedback: str, runs: Runs) -> list[int]:
     means = [
         mean(held_out(runs[key(c)]) for c in trials(system, feedback, i, first)) for i in range(len(system.candidates))
     ]
-    return sorted(range(len(means)), key=means.__getitem__, reverse=True)[:2]
+    best = sorted(range(len(means)), key=means.__getitem__, reverse=True)[:2]
+    return best if len(means) > 1 else []  # nothing to choose from
 
 
 def choose(runs: Runs) -> Tuned:
@@ -91,7 +92,7 @@ def choose(runs: Runs) -> Tuned:
             {"learning_rate": rate, **dict(overrides), "accuracies": [round(a, 4) for a in reached]}
             for (rate, overrides), reached in zip(system.candidates, found, strict=True)
         ]
-        chosen[name] = max(best_two(system, feedback, runs), key=lambda i, found=found: mean(found[i]))
+        chosen[name] = max(best_two(system, feedback, runs), key=lambda i, found=found: mean(found[i]), default=0)
     report = {
         "command": "python -m examples.paper_in_miniature.grid tune",
         "commits": sorted({runs[key(c)]["commit"] for c in first_trials() + second_trials(runs)}),

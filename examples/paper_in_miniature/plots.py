@@ -15,7 +15,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from . import experiments
-from .experiments import GRPO, JOINT, SDPO, SDPO_EMA, SYSTEMS, VPD, VPD_EMA, VPD_LORA, Tuned
+from .experiments import (
+    GRPO,
+    JOINT,
+    SDPO,
+    SDPO_EMA,
+    SDPO_SHARP,
+    SYSTEMS,
+    VPD,
+    VPD_EMA,
+    VPD_LORA,
+    VPD_PAPER,
+    Tuned,
+)
 from .finished import Runs, collapsed, held_out, made
 from .run import Cell
 from .statistics import Estimate, average
@@ -23,9 +35,11 @@ from .statistics import Estimate, average
 
 COLORS = {
     GRPO: "#6b7280",
-    SDPO: "#c2410c",
+    SDPO: "#7f1d1d",
+    SDPO_SHARP: "#ea580c",
     SDPO_EMA: "#f59e0b",
     JOINT: "#7c3aed",
+    VPD_PAPER: "#93c5fd",
     VPD: "#1d4ed8",
     VPD_EMA: "#0891b2",
     VPD_LORA: "#15803d",
@@ -104,7 +118,7 @@ def figure_1(runs: Runs, tuned: Tuned) -> Any:
     """The margin between successes and failures over training."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axes, feedback in zip(panels, ("environment", "siblings"), strict=True):
-        for system in (SDPO, SDPO_EMA, VPD, VPD_LORA):
+        for system in (SDPO, SDPO_SHARP, SDPO_EMA, VPD_PAPER, VPD, VPD_LORA):
             cells = list(experiments.rows_of(system, feedback, tuned))
             found = made(cells, runs)
             if found:
@@ -122,7 +136,7 @@ def figure_1(runs: Runs, tuned: Tuned) -> Any:
 def figure_2(runs: Runs, tuned: Tuned) -> Any:
     """Held-out accuracy over long runs."""
     figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for system in (SDPO, SDPO_EMA, VPD):
+    for system in (SDPO, SDPO_SHARP, SDPO_EMA, VPD):
         cells = list(experiments.rows_of(system, "environment", tuned, experiments.FEW, steps=experiments.LONG))
         found = made(cells, runs)
         if found:

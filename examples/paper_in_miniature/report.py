@@ -20,7 +20,15 @@ from typing import Any
 from vpd_trl.watch import FADING_END
 
 from . import experiments, grid, plots
-from .experiments import GRPO, SDPO, SYSTEMS, VPD, VPD_LORA, System, Tuned
+from .experiments import (
+    GRPO,
+    SDPO_SHARP,
+    SYSTEMS,
+    VPD,
+    VPD_LORA,
+    System,
+    Tuned,
+)
 from .finished import RESULTS, Runs, collapsed, course, held_out, load, made
 from .run import Cell
 from .statistics import Estimate, average, estimate
@@ -134,10 +142,10 @@ def main_table(name: str, caption: str, feedback: str, tuned: Tuned) -> Table:
 
 
 def table_3(tuned: Tuned) -> Table:
-    rows = [row(s, "siblings", tuned, f"{s.name}, siblings") for s in (SDPO, VPD)]
-    rows += [row(s, "critique", tuned, f"{s.name}, self-critique") for s in (SDPO, VPD)]
-    pairs = [(f"{VPD.name}, {f}", f"{SDPO.name}, {f}") for f in ("siblings", "self-critique")]
-    pairs += [(f"{s.name}, self-critique", f"{s.name}, siblings") for s in (SDPO, VPD)]
+    rows = [row(s, "siblings", tuned, f"{s.name}, siblings") for s in (SDPO_SHARP, VPD)]
+    rows += [row(s, "critique", tuned, f"{s.name}, self-critique") for s in (SDPO_SHARP, VPD)]
+    pairs = [(f"{VPD.name}, {f}", f"{SDPO_SHARP.name}, {f}") for f in ("siblings", "self-critique")]
+    pairs += [(f"{s.name}, self-critique", f"{s.name}, siblings") for s in (SDPO_SHARP, VPD)]
     return Table("table_3", "Self-critique against siblings", rows, pairs)
 
 
@@ -164,7 +172,7 @@ def cold_start(tuned: Tuned) -> Table:
     few = experiments.FEW
     rows = [row(GRPO, "siblings", tuned, domains=few, skill=0.0)]
     rows += [row(s, "environment", tuned, domains=few, length=2, skill=0.0) for s in experiments.COLD_SYSTEMS]
-    pairs = [(s.name, GRPO.name) for s in experiments.COLD_SYSTEMS] + [(VPD.name, SDPO.name)]
+    pairs = [(s.name, GRPO.name) for s in experiments.COLD_SYSTEMS] + [(VPD.name, SDPO_SHARP.name)]
     return Table("cold_start", "A base model that can't read feedback", rows, pairs, few)
 
 
@@ -178,7 +186,7 @@ def lora_teacher(tuned: Tuned) -> Table:
 def rigid(tuned: Tuned) -> Table:
     seeds = sorted({c.seed for c in experiments.rigid(tuned)})
     rows = [Row(s.name, experiments.rigid_runs(s, tuned, seeds)) for s in experiments.RIGID_SYSTEMS]
-    pairs = [(s.name, GRPO.name) for s in (SDPO, VPD)] + [(VPD.name, SDPO.name)]
+    pairs = [(s.name, GRPO.name) for s in (SDPO_SHARP, VPD)] + [(VPD.name, SDPO_SHARP.name)]
     return Table("rigid", "A chain of which feedback makes up all but the end", rows, pairs, (RIGID,))
 
 
