@@ -96,13 +96,14 @@ def test_differences_are_taken_run_by_run():
 
 
 def test_a_course_knows_when_rewards_fell_for_good_and_when_the_warning_came():
-    def run(rewards, ends):
-        return {"history": {"step": [5, 10, 15, 20, 25], "reward": rewards, "teacher/log_ratio_end": ends}}
+    def course(rewards, ends, clipped=(0.0,) * 5):
+        history = {"step": [5, 10, 15, 20, 25], "reward": rewards, "teacher/log_ratio_end": ends}
+        return finished.course({"history": history | {"completions/clipped_ratio": list(clipped)}})
 
     ends = [None, -0.001, -0.02, 0.0, -1.0]
-    assert finished.course(run([0.0, 0.1, 0.5, 0.4, 0.1], ends), -0.01) == finished.Course(fall=20, warning=15)
-    assert finished.course(run([0.0, 0.5, 0.1, 0.4, 0.5], ends), -0.03) == finished.Course(fall=None, warning=25)
-    assert finished.course(run([0.0, 0.09, 0.0, 0.0, 0.0], [0.0] * 5), -0.01) == finished.Course(None, None)
+    assert course([0.0, 0.1, 0.5, 0.4, 0.1], ends) == finished.Course(fall=20, warning=15)
+    assert course([0.0, 0.5, 0.1, 0.4, 0.5], [0.0] * 4 + [-0.02]) == finished.Course(fall=None, warning=25)
+    assert course([0.0, 0.09, 0.0, 0.0, 0.0], [0.0] * 5) == finished.Course(None, None)
 
 
 def test_missing_runs_are_left_out_and_counted():

@@ -441,26 +441,47 @@ def test_e_steps_that_never_run_warn_with_advice(tmp_path, caplog):
     assert "0 successes and 8 failures" in caplog.text
 
 
-def test_answers_that_lose_their_end_are_warned_of_once_until_they_recover(caplog):
+@pytest.mark.parametrize(
+    ("shares", "warnings_after"),
+    [
+        ([0.9] * 9, [5]),  # warned of once
+        ([0.1, 0.3, 0.5, 0.7, 0.8, 0.9], []),  # more and more answers end
+        ([0.1, 0.3, 0.7, 0.7, 0.7, 0.5], [6]),  # then fewer
+    ],
+)
+def test_answers_that_lose_their_end_are_warned_of(caplog, shares, warnings_after):
+    watch, warned = Watch(logging.getLogger("vpd_trl.trainer")), []
+    with caplog.at_level("WARNING"):
+        for step, share in enumerate(shares, start=1):
+            before = len(caplog.records)
+            watch.ends(-0.02, share)
+            warned += [step] * (len(caplog.records) - before)
+    assert warned == warnings_after
+
+
+def test_a_target_that_ends_as_readily_as_the_student_starts_the_count_anew(caplog):
     watch = Watch(logging.getLogger("vpd_trl.trainer"))
     with caplog.at_level("WARNING"):
         for value in (*[-0.02] * 4, 0.0, *[-0.02] * 4):
-            watch.ends(value)
+            watch.ends(value, 0.9)
         assert not caplog.records
-        for value in [-0.02] * 9:
-            watch.ends(value)
-    assert len(caplog.records) == 1
-    assert "teacher/log_ratio_end, now -0.020 nats" in caplog.text
+        watch.ends(-0.02, 0.9)
+        assert "teacher/log_ratio_end, now -0.020 nats), and 90% of the rollouts end" in caplog.text
+        for value in (0.0, *[-0.02] * 5):
+            watch.ends(value, 0.9)
+    assert len(caplog.records) == 2
 
 
 def test_the_trainer_watches_the_ends_of_successes(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(Watch, "ends", lambda self, log_ratio: seen.append(log_ratio))
+    monkeypatch.setattr(Watch, "ends", lambda self, *values: seen.append(values))
     trainer = tiny.trainer(tmp_path, success_threshold=-1.0, max_steps=2, max_completion_length=64)
     trainer.train()
-    logged = [x for x in metrics(trainer, "teacher/log_ratio_end") if x is not None and not math.isnan(x)]
+    logged = [x for x in metrics(trainer, "teacher/log_ratio_end") if not math.isnan(x)]
     assert seen
-    assert seen == pytest.approx(logged)
+    assert [log_ratio for log_ratio, _ in seen] == pytest.approx(logged)
+    clipped = metrics(trainer, "completions/clipped_ratio")
+    assert [ended for _, ended in seen] == pytest.approx([1 - share for share in clipped])
 
 
 @pytest.mark.parametrize("changes", [{"final_logit_softcapping": 5.0}, {"logit_scale": 0.3}, {"logits_scaling": 4.0}])

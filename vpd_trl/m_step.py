@@ -74,6 +74,7 @@ class MStep:
         target_logps = sharpened_logps(teacher_logps, self.args.target_temperature)
         success = (outcome == 1).unsqueeze(-1).expand_as(mask)[mask]
         ends = torch.isin(batch["completion_ids"][mask], torch.tensor(self.trainer.eos_token_ids, device=mask.device))
+        self._means.add("ended", on_mask(ends.float(), mask).any(-1).float(), mask.any(-1))
         for name, tokens in (("confident", student_logps > CONFIDENT), ("end", ends)):
             self._means.add(f"teacher/log_ratio_{name}", target_logps - student_logps, success & tokens)
 
@@ -83,6 +84,7 @@ class MStep:
         if not means:
             return
         successes, failures = means.pop("successes"), means.pop("failures")
+        ended, _ = means.pop("ended")
         self.trainer._record("m_step/tokens", means["m_step/divergence"][1])
         self.trainer._record("teacher/log_ratio_margin", successes[0] - failures[0])
         if self.trainer.rl_weight:
@@ -91,4 +93,4 @@ class MStep:
             self.trainer._record(name, value)
         end, count = means["teacher/log_ratio_end"]
         if count:
-            self.trainer._watch.ends(end)
+            self.trainer._watch.ends(end, ended)

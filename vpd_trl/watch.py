@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 
-# Nats per end of a success, and steps in a row: in the paper in miniature less than this in 5 steps preceded every
-# collapse, by 10 steps or more (examples/paper_in_miniature)
+# A step whose `teacher/log_ratio_end` is below this, nats, may be one of many that take the end from answers
 FADING_END = -0.01
 FADING_STEPS = 5
+
+
+def fading(ended: list[float]) -> bool:
+    """
+    Whether answers lose their ends, from the share of rollouts that ended in each step since the target was less
+    inclined to end than the student: nothing was won in that time, or a tenth lost.
+    """
+    return ended[-1] <= ended[0] or ended[-1] <= max(ended) - 0.1
 
 
 class Watch:
@@ -26,7 +33,8 @@ class Watch:
         self.patience = patience
         self._uncovered = 0
         self._skipped = 0
-        self._fading = 0
+        self._ended: list[float] = []  # since the target has been less inclined to end than the student
+        self._warned_of_ends = False
 
     def coverage(self, share: float) -> None:
         """Take note of the share of rollouts with feedback in a batch."""
@@ -50,13 +58,22 @@ class Watch:
                 "if only one class has feedback, make the feedback function speak of both; larger batches help too."
             )
 
-    def ends(self, log_ratio: float) -> None:
-        """Take note of `teacher/log_ratio_end` of a step in which successes ended; warns once until it recovers."""
-        self._fading = self._fading + 1 if log_ratio < FADING_END else 0
-        if self._fading == FADING_STEPS:
+    def ends(self, log_ratio: float, ended: float) -> None:
+        """
+        Take note of `teacher/log_ratio_end` and the share of rollouts that ended, of a step in which successes ended.
+
+        Warns once until it recovers.
+        """
+        if log_ratio >= FADING_END:
+            self._ended, self._warned_of_ends = [], False
+            return
+        self._ended.append(ended)
+        if len(self._ended) >= FADING_STEPS and fading(self._ended) and not self._warned_of_ends:
+            self._warned_of_ends = True
             self.logger.warning(
-                f"For {self._fading} steps the M-step's target has been less inclined than the student to end a right "
-                f"answer (teacher/log_ratio_end, now {log_ratio:.3f} nats). A teacher that shares the student's weights "
-                "then draws both on until no answer ends: watch completions/clipped_ratio. Lower teacher_temperature "
-                "or learning_rate, or use teacher='ema' or 'lora'."
+                f"For {len(self._ended)} steps the M-step's target has been less inclined than the student to end a "
+                f"right answer (teacher/log_ratio_end, now {log_ratio:.3f} nats), and {ended:.0%} of the rollouts end. "
+                "A teacher that shares the student's weights then draws both on until no answer ends: watch "
+                "completions/clipped_ratio. Lower teacher_temperature or learning_rate, use teacher='ema' or 'lora', "
+                "or make rewards and feedback speak of answers that don't end."
             )

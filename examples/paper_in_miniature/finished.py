@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vpd_trl.watch import FADING_END, fading
+
 from .run import Cell
 
 
@@ -59,21 +61,26 @@ class Course:
     Attributes:
         fall: The step after which the mean reward stayed below half of its best, or `None`. Rewards that never reached
             0.1 have nothing to fall from.
-        warning: The first step at which `teacher/log_ratio_end` was below the trainer's limit, or `None`.
+        warning: The first step at which the trainer's watch would have warned of answers that lose their ends, or `None`.
     """
 
     fall: int | None
     warning: int | None
 
 
-def course(run: dict[str, Any], limit: float) -> Course:
-    """The course of a run; curves are means over a few steps, as long as the trainer wants to see before it warns."""
-    steps, rewards = run["history"]["step"], run["history"]["reward"]
-    ends = run["history"].get("teacher/log_ratio_end", [])
-    best = max(r for r in rewards if r is not None)
-    low = [r is None or r < best / 2 for r in rewards]
+def course(run: dict[str, Any]) -> Course:
+    """The course of a run; its curves are means over as many steps as the watch wants to see before it warns."""
+    history = run["history"]
+    steps, rewards = history["step"], history["reward"]
+    best = max(rewards)
     fall = None
-    if best >= 0.1 and low[-1]:
-        fall = steps[max(i for i, is_low in enumerate(low) if not is_low)]
-    below = [step for step, end in zip(steps, ends, strict=False) if end is not None and end < limit]
-    return Course(fall, below[0] if below else None)
+    if best >= 0.1 and rewards[-1] < best / 2:
+        fall = steps[max(i for i, reward in enumerate(rewards) if reward >= best / 2)]
+    ended: list[float] = []
+    for step, log_ratio, clipped in zip(
+        steps, history["teacher/log_ratio_end"], history["completions/clipped_ratio"], strict=True
+    ):
+        ended = [*ended, 1 - clipped] if log_ratio is not None and log_ratio < FADING_END else []
+        if ended and fading(ended):
+            return Course(fall, step)
+    return Course(fall, None)

@@ -17,8 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vpd_trl.watch import FADING_END
-
 from . import experiments, grid, plots
 from .experiments import (
     GRPO,
@@ -215,7 +213,7 @@ def warnings(runs: Runs) -> str:
         cells = [c for f in ("environment", "siblings") for rate in rates for c in experiments.stable(name, f, rate)]
         # Runs of earlier versions lack the metric
         there = [run for _, run in made(cells, runs) if "teacher/log_ratio_end" in run["history"]]
-        courses = [course(run, FADING_END) for run in there]
+        courses = [course(run) for run in there]
         fell = [c for c in courses if c.fall is not None]
         ahead = [c.fall - c.warning for c in fell if c.warning is not None and c.warning < c.fall]
         false = sum(c.fall is None and c.warning is not None for c in courses)
