@@ -89,7 +89,8 @@ def test_the_demos_reward_reads_answers_from_free_text():
         "3 - 5 = -2": "-2",
     }
     assert {text: task.extract(text) for text in cases} == cases
-    assert task.sum_reward([[{"content": "= 11"}], [{"content": "= 1"}]], ["11", "11"]) == [1.0, 0.0]
+    said, ids = [[{"content": text}] for text in ("= 11", "= 1", "= 11")], [[5, task.END], [5, task.END], [5, 6]]
+    assert task.sum_reward(said, ["11"] * 3, ids) == [1.0, 0.0, 0.0]
     right, wrong = task.sum_feedback(["11", "11"], ["4 + 7", "4 + 7"], [True, False])
     assert "right" in right
     assert "wrong" in wrong

@@ -1,8 +1,8 @@
 """
 A real model learns from feedback on a CPU: SmolLM2-135M-Instruct and one-digit sums.
 
-The model is asked "What is 4 + 7?" and mostly rambles. Feedback says whether its answer was right, and what to say; the
-teacher sees it, the student never does. Held-out sums are asked before and after training.
+The model is asked "What is 4 + 7?" and mostly rambles. Feedback says whether its answer was right and came to an end,
+and what to say; the teacher sees it, the student never does. Held-out sums are asked before and after training.
 
     python examples/demo/demo.py [--steps 24] [--method vpd] [--seed 0] [--output runs/demo]
 """
@@ -138,6 +138,7 @@ def accuracy(model: Any, tokenizer: Any, data: Any, samples: int) -> dict[str, A
     prompts = [prompt for prompt in data["prompt"] for _ in range(samples)]
     answers = [answer for answer in data["answer"] for _ in range(samples)]
     texts: list[str] = []
+    ids: list[list[int]] = []
     for i in range(0, len(prompts), 64):
         inputs = tokenizer.apply_chat_template(
             prompts[i : i + 64], add_generation_prompt=True, return_dict=True, padding=True, return_tensors="pt"
@@ -145,8 +146,10 @@ def accuracy(model: Any, tokenizer: Any, data: Any, samples: int) -> dict[str, A
         output = model.generate(
             **inputs, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS
         )
-        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = int(sum(task.sum_reward([[{"content": text}] for text in texts], answers)))
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        ids += new.tolist()  # padded by <|im_end|>, too
+    right = int(sum(task.sum_reward([[{"content": text}] for text in texts], answers, ids)))
     low, high = wilson(right, len(texts))
     return {
         "right": right,
@@ -163,7 +166,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p = right / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return center - half, center + half
+    return min(center - half, p), max(center + half, p)  # at 0 % and 100 % but for rounding
 
 
 def table(result: dict[str, Any]) -> str:

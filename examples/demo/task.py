@@ -10,6 +10,7 @@ from datasets import Dataset
 
 
 HELD_OUT = 24  # problems
+END = 2  # the id of SmolLM2's <|im_end|>
 
 
 def load() -> tuple[Dataset, Dataset]:
@@ -53,9 +54,12 @@ def extract(text: str) -> str | None:
     return numbers[0] if len(numbers) == 1 else None
 
 
-def sum_reward(completions: list, answer: list[str], **kwargs: Any) -> list[float]:
-    """1 if the right number can be read from the completion, else 0."""
-    return [float(extract(c[0]["content"]) == a) for c, a in zip(completions, answer, strict=True)]
+def sum_reward(completions: list, answer: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """1 if the right number can be read from a completion that has come to its end, else 0."""
+    return [
+        float(extract(c[0]["content"]) == a and ids[-1] == END)
+        for c, a, ids in zip(completions, answer, completion_ids, strict=True)
+    ]
 
 
 def sum_feedback(answer: list[str], problem: list[str], successes: list[bool], **kwargs: Any) -> list[str]:
@@ -65,6 +69,6 @@ def sum_feedback(answer: list[str], problem: list[str], successes: list[bool], *
     A wrong result is not repeated: so small a model copies any number that it is shown.
     """
     return [
-        f'Your answer was {"right" if success else "wrong"}. Say "{p} = {a}."'
+        f'Your answer was {"right" if success else "wrong or too long"}. Say only "{p} = {a}."'
         for a, p, success in zip(answer, problem, successes, strict=True)
     ]
