@@ -49,8 +49,9 @@ def held_out(run: dict[str, Any]) -> float:
 
 
 def collapsed(run: dict[str, Any]) -> bool:
-    """Whether a run ended at less than half of the accuracy that it had reached, or of the one it began with."""
-    return held_out(run) < 0.5 * max(accuracy for _, accuracy in run["curve"])
+    """Whether a run ended below half of the best accuracy that it had had; less than 0.1 is nothing to fall from."""
+    best = max(accuracy for _, accuracy in run["curve"])
+    return best >= 0.1 and held_out(run) < best / 2
 
 
 @dataclass(frozen=True)
