@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
 from .plain import encode
@@ -130,6 +132,15 @@ class CodeTests:
         ):
             raise ValueError(f"entry_point must be the name of a function; got {self.entry_point!r}.")
         _check_type(self, "preamble", str)
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for equal tests, and for no others."""
+        plain = [
+            [type(test).__name__, *({f.name: getattr(test, f.name) for f in fields(test)}.items())]
+            for test in self.tests
+        ]
+        return hashlib.sha256(encode([plain, self.entry_point, self.preamble])).hexdigest()
 
 
 _FORMS = (

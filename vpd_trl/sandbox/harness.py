@@ -12,12 +12,16 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 from .plain import decode, encode
 from .processes import cpu_seconds, end_all, others, resident_bytes
-from .worker import REPORT, receive, run_call, run_checks, run_script, send, serve_calls
+from .worker import receive, run_call, run_checks, run_script, send, serve_calls
+
+
+TYPE_CHECKING = False  # `typing` itself would cost every run a few milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 TICK = 0.02  # seconds between two looks at the clocks
@@ -283,7 +287,7 @@ class Supervisor:
             return stopped or "output", b"", ""
         script = test["kind"] == "script"
         reported = _reported(bytes(report.data))
-        if reported is not None and reported[0] in ("error", "memory", "output", "wrong"):
+        if reported is not None and reported[0] in ("syntax", "error", "memory", "output", "wrong"):
             return reported[0], bytes(out.data), str(reported[1])
         ended = None if exit_status is None else os.waitstatus_to_exitcode(exit_status)
         if reported is not None and reported[0] == "ok" and not script and isinstance(reported[1], bytes):

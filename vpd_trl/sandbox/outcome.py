@@ -11,6 +11,7 @@ class Status(str, Enum):
 
     PASSED = "passed"
     WRONG_ANSWER = "wrong answer"
+    SYNTAX_ERROR = "syntax error"
     ERROR = "error"  # an exception, an exit status other than 0, a signal, or more processes than allowed
     TIMEOUT = "timeout"
     MEMORY = "memory"
@@ -27,7 +28,7 @@ class CaseResult:
 
     Attributes:
         status: How it ended.
-        output: What the program printed, or its value as Python writes it; shortened.
+        output: What the program printed, or its value as Python writes it; shortened, and empty where it is right.
         message: The traceback, or the assertion that failed; shortened. Empty where the status says it all.
         seconds: Wall-clock time.
     """
@@ -45,8 +46,8 @@ class Outcome:
 
     Attributes:
         status: `PASSED` if all tests passed, else that of the first test that ended early, else `WRONG_ANSWER`.
-        cases: One result per test, in their order. Shorter than the tests where a test timed out, since those after it
-            were not run, and empty without a program or a run.
+        cases: One result per test, in their order. Shorter than the tests after a syntax error or where a test timed
+            out, since those after it were not run, and empty without a program or a run.
         total: The number of tests.
         seconds: Wall-clock time of the whole run.
         message: What is to be said of all of it, such as why there was no run.

@@ -61,7 +61,7 @@ def end_all(processes: list[int]) -> None:
 
 
 def _kill(pid: int) -> None:
-    try:
+    try:  # noqa: SIM105 - `contextlib` would have to be imported
         os.kill(pid, SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass

@@ -12,13 +12,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any, Literal
 
 from .cases import AnyTest, CallTest, CodeTests, StdinTest
 from .channel import Channel
 from .compare import same_text, same_value
-from .isolation import Isolation, SandboxUnavailable, cannot_start, find_isolation, package_paths, supervisor_code
+from .isolation import Isolation, SandboxUnavailable, cannot_start, find_isolation, package_paths
 from .outcome import CaseResult, Outcome, Status
 from .plain import decode, encode
 
@@ -26,16 +25,18 @@ from .plain import decode, encode
 logger = logging.getLogger(__name__)
 
 GRACE = 10.0  # seconds beyond a test's time after which its sandbox, supervisor and all, is given up
-MAX_SHOWN = 2000  # characters of an output or message that are kept
+MAX_SHOWN, MAX_MESSAGE = 500, 1000  # characters of an output and of a message that are kept
 
 _STATUS = {
     "wrong": Status.WRONG_ANSWER,
+    "syntax": Status.SYNTAX_ERROR,
     "error": Status.ERROR,
     "processes": Status.ERROR,
     "timeout": Status.TIMEOUT,
     "memory": Status.MEMORY,
     "output": Status.OUTPUT_LIMIT,
 }
+_LAST = (Status.SYNTAX_ERROR, Status.TIMEOUT)  # after these the other tests would be a waste of time
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Limits:
     def __post_init__(self) -> None:
         least = {"cpu_seconds": 0.0, "seconds": 0.0, "memory": 64 << 20, "output": 1, "file_size": 0, "processes": 1}
         for name, low in least.items():
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             whole = isinstance(low, int)
-            if isinstance(value, bool) or not isinstance(value, int if whole else Real):
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise TypeError(f"Limits.{name} must be a {'whole ' if whole else ''}number; got {value!r}.")
             if not (value >= low if whole else 0 < value < math.inf):
                 raise ValueError(f"Limits.{name} must be {f'at least {low}' if whole else 'above 0'}; got {value!r}.")
@@ -181,12 +182,12 @@ class Sandbox:
                     if report is None:
                         break
                     cases.append(self._judge(tests.tests[len(cases)], report))
-                    if cases[-1].status is Status.TIMEOUT:
+                    if cases[-1].status in _LAST:
                         break
             seconds = time.monotonic() - start
             if ready is None and time.monotonic() < deadline:
                 return Outcome(Status.NOT_RUN, (), total, seconds, f"the sandbox did not start: {channel.said()}")
-            ended_early = len(cases) < total and not (cases and cases[-1].status is Status.TIMEOUT)
+            ended_early = len(cases) < total and not (cases and cases[-1].status in _LAST)
             if ended_early and (time.monotonic() >= deadline or cancelled.is_set()):
                 return Outcome(Status.NOT_RUN, (), total, seconds, self._late())
             if ended_early:
@@ -212,7 +213,7 @@ class Sandbox:
             "user": user,
             "paths": package_paths(self.site_packages),
             "process_limit": how.process_limit(self.limits.processes),
-            "stop_at": ["timeout"],
+            "stop_at": [word for word, status in _STATUS.items() if status in _LAST],
         }
         frames = [encode(job)]
         for test in tests.tests:
@@ -246,7 +247,7 @@ class Sandbox:
                 not isinstance(test, StdinTest) or same_text(text, test.stdout, self.tolerance)
             )
         verdict = (Status.PASSED if right else Status.WRONG_ANSWER) if status == "ok" else _STATUS[status]
-        return CaseResult(verdict, shown, shorten(message), seconds)
+        return CaseResult(verdict, "" if right else shown, shorten(message, MAX_MESSAGE), seconds)
 
     # ---- Whether it works at all
 
@@ -288,8 +289,6 @@ def show(value: Any) -> str:
         return shorten(f"{value:#x}") if isinstance(value, int) else "(a value with a very long integer)"
 
 
-def shorten(text: str) -> str:
+def shorten(text: str, limit: int = MAX_SHOWN) -> str:
     """Beginning and end of a text that is too long to be kept."""
-    if len(text) <= MAX_SHOWN:
-        return text
-    return text[: MAX_SHOWN // 2] + "\n[...]\n" + text[-MAX_SHOWN // 2 :]
+    return text if len(text) <= limit else text[: limit // 2] + "\n[...]\n" + text[-limit // 2 :]

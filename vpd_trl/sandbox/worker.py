@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
 
 from .plain import decode, encode
+
+
+TYPE_CHECKING = False  # `typing` itself would cost every run a few milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
 
 FILE = "solution.py"
@@ -149,7 +153,11 @@ def _execute(job: dict[str, Any], name: str) -> dict[str, Any]:
     names = module.__dict__
     if job["preamble"]:
         exec(compile(job["preamble"], "preamble.py", "exec", dont_inherit=True), names)
-    exec(compile(job["program"], FILE, "exec", dont_inherit=True), names)
+    try:
+        code = compile(job["program"], FILE, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL or half a surrogate pair
+        raise ProgramFailed("syntax", _describe(error, job["program"])[1]) from None
+    exec(code, names)
     return names
 
 
@@ -158,9 +166,10 @@ def _open_streams() -> None:
     import builtins
 
     options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
-    sys.stdin = sys.__stdin__ = open(0, **options)  # type: ignore[misc]
-    sys.stdout = sys.__stdout__ = open(1, "w", **options)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = open(2, "w", **options)  # type: ignore[misc]
+    for fd, mode, name in ((0, "r", "stdin"), (1, "w", "stdout"), (2, "w", "stderr")):
+        stream = open(fd, mode, **options)  # noqa: SIM115 - the program's, to its end
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.argv = [FILE]
     if not hasattr(builtins, "exit"):  # `site` would have added them
         from _sitebuiltins import Quitter
@@ -182,7 +191,7 @@ def _finalize() -> None:
     except BaseException:
         pass
     for stream in (sys.stdout, sys.stderr):
-        try:
+        try:  # noqa: SIM105 - `contextlib` would have to be imported
             stream.flush()
         except BaseException:
             pass
@@ -245,7 +254,7 @@ def run_checks(job: dict[str, Any], control: int, calls: int, answers: int) -> i
 
     try:
         _check(test, job, candidate)
-        report = ("ok", b"")
+        report: tuple[str, Any] = ("ok", b"")
     except ProgramFailed as error:
         report = (error.status, error.message)
     except MemoryError:
