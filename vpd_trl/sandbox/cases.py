@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -92,7 +93,9 @@ class CheckTest:
         for name in ("code", "setup"):
             _check_type(self, name, str)
             try:
-                compile(getattr(self, name), name, "exec", dont_inherit=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # "\d" and the like in texts
+                    compile(getattr(self, name), name, "exec", dont_inherit=True)
             except (SyntaxError, ValueError) as error:
                 raise ValueError(f"CheckTest.{name} is not a Python program: {error}.") from None
 

@@ -86,6 +86,11 @@ class Channel:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        try:
+            while part := os.read(self._errors, 65_536):
+                self._hear(part)
+        except BlockingIOError:
+            pass
         if self._process.stderr is not None:
             self._process.stderr.close()
 
@@ -118,7 +123,7 @@ class Channel:
                 self._send()
             elif key.fd == self._errors:
                 part = os.read(self._errors, 65_536)
-                self._said = (self._said + part)[-MESSAGE_BYTES:]
+                self._hear(part)
                 if not part:
                     self._selector.unregister(self._errors)
             else:
@@ -135,6 +140,9 @@ class Channel:
             self._to_send = self._to_send[:0]
         if not self._to_send:
             self._selector.unregister(self._control)
+
+    def _hear(self, part: bytes) -> None:
+        self._said = (self._said + part)[-MESSAGE_BYTES:]
 
     def said(self) -> str:
         """What it wrote as errors; after its end."""

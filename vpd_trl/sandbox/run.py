@@ -80,13 +80,13 @@ class Sandbox:
     whose memory and files are closed to the program.
 
     With `isolation="bubblewrap"` a program sees the system and the interpreter, read-only, and a private /tmp; no
-    network, no home folder, no environment, no process but its own. It can't outlive its test. What is left to it is
-    the kernel's own surface, and memory that belongs to no process (`memfd_create`, System V), which is bounded by
-    the limits on files and processes alone.
+    network, no home folder, no environment, no process but its own. It can't outlive its test. Of the kernel it gets what
+    programs need: no namespaces, tracing, eBPF, io_uring, keys, or memory that no process is charged with.
 
-    With `isolation="limits"` there are time, memory, output, process and file-size limits, and descendants are ended
-    with the program, but it can read and change what this user can, use the network, and end other processes: the
-    tests in `tests/test_sandbox.py` say which attacks this level doesn't stop. It must be asked for by name.
+    With `isolation="limits"` there are the same limits and refused system calls, and descendants are ended with the
+    program, but it can read and change all files that this user can, fill the disk, and end or disturb other
+    processes of this user, its own supervisor among them. It must be asked for by name. If this process is root, and
+    other users can read the Python interpreter, programs run as a user of their own, to whom much of that is closed.
 
     Args:
         isolation: "bubblewrap" or "limits".
