@@ -6,6 +6,7 @@ import io
 import re
 import tokenize
 from dataclasses import dataclass
+from itertools import islice
 
 from .outcome import Status
 
@@ -108,7 +109,7 @@ def _blocks(lines: list[str]) -> list[_Block] | None:
             continue
         language, first = _language(info)
         start = at + 1
-        ends = [i for i in range(start, len(lines)) if _ends(lines[i], fence)][:_MOST_ENDS]
+        ends = list(islice((i for i in range(start, len(lines)) if _ends(lines[i], fence)), _MOST_ENDS))
         bodies = [_body(lines, start, end, first, indent) for end in ends]
         # A fence may be part of a text in the program
         best = next((i for i, body in enumerate(bodies) if _complete(body)), 0)
@@ -159,7 +160,7 @@ def _body(lines: list[str], start: int, end: int, first: str | None, indent: str
 
 
 def _joined(lines: list[str]) -> str:
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _first_line(text: str) -> str:
