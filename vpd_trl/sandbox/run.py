@@ -71,6 +71,16 @@ class Limits:
                 raise ValueError(f"Limits.{name} must be {f'at least {low}' if whole else 'above 0'}; got {value!r}.")
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the programs of one call of `run` have in common."""
+
+    how: Isolation
+    deadline: float  # on the monotonic clock
+    cancelled: threading.Event
+    process_limit: int | None
+
+
 class Sandbox:
     """
     Runs programs that a model wrote against tests, each program in a sandbox of its own.
@@ -132,6 +142,8 @@ class Sandbox:
         self.tolerance = tolerance
         self.site_packages = site_packages
         self._how = self._probe()
+        if isolation == "limits" and os.geteuid() == 0 and not self._how.change_user:
+            logger.warning("Programs will run as root, since other users can't read the files of the interpreter.")
 
     def run(self, programs: Sequence[tuple[str, CodeTests]]) -> list[Outcome]:
         """
@@ -143,15 +155,14 @@ class Sandbox:
         Returns:
             One outcome per program. No program's doing raises an error.
         """
-        deadline = math.inf if self.batch_seconds is None else time.monotonic() + self.batch_seconds
-        cancelled = threading.Event()
+        batch = self._batch(self._how, self.batch_seconds)
         workers = max(1, min(self.max_workers, len(programs)))
         with ThreadPoolExecutor(workers, thread_name_prefix="vpd-trl-sandbox") as pool:
             try:
-                running = [pool.submit(self._run, self._how, *pair, deadline, cancelled) for pair in programs]
+                running = [pool.submit(self._run, batch, *pair) for pair in programs]
                 outcomes = [future.result() for future in running]
             except BaseException:  # such as Ctrl-C: the pool waits for its threads, which must not go on
-                cancelled.set()
+                batch.cancelled.set()
                 raise
         failed = next((o.message for o in outcomes if o.status is Status.NOT_RUN), None)
         if failed is not None:
@@ -161,9 +172,12 @@ class Sandbox:
 
     # ---- One program
 
-    def _run(
-        self, how: Isolation, program: str, tests: CodeTests, deadline: float, cancelled: threading.Event
-    ) -> Outcome:
+    def _batch(self, how: Isolation, seconds: float | None) -> _Batch:
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        return _Batch(how, deadline, threading.Event(), how.process_limit(self.limits.processes))
+
+    def _run(self, batch: _Batch, program: str, tests: CodeTests) -> Outcome:
+        how, deadline, cancelled = batch.how, batch.deadline, batch.cancelled
         start, total = time.monotonic(), len(tests.tests)
         if start >= deadline or cancelled.is_set():
             return Outcome(Status.NOT_RUN, (), total, 0.0, self._late())
@@ -175,7 +189,9 @@ class Sandbox:
                 os.chown(folder, user, user)
         cases: list[CaseResult] = []
         try:
-            with Channel(how, self._job(how, user, program, tests), self.site_packages, folder, cancelled) as channel:
+            with Channel(
+                how, self._job(batch, user, program, tests), self.site_packages, folder, cancelled
+            ) as channel:
                 ready = channel.receive(min(deadline, start + 30 + GRACE))
                 while ready is not None and len(cases) < total:
                     report = channel.receive(min(deadline, time.monotonic() + self.limits.seconds + GRACE))
@@ -202,7 +218,7 @@ class Sandbox:
     def _late(self) -> str:
         return f"the batch's {self.batch_seconds:g} seconds (batch_seconds) were over" if self.batch_seconds else ""
 
-    def _job(self, how: Isolation, user: int | None, program: str, tests: CodeTests) -> list[bytes]:
+    def _job(self, batch: _Batch, user: int | None, program: str, tests: CodeTests) -> list[bytes]:
         """The frames that are sent: the job, then each test."""
         job = {
             "program": program,
@@ -212,7 +228,7 @@ class Sandbox:
             "limits": asdict(self.limits),
             "user": user,
             "paths": package_paths(self.site_packages),
-            "process_limit": how.process_limit(self.limits.processes),
+            "process_limit": batch.process_limit,
             "stop_at": [word for word, status in _STATUS.items() if status in _LAST],
         }
         frames = [encode(job)]
@@ -256,7 +272,7 @@ class Sandbox:
         test = CodeTests([StdinTest("6 7", "42")])
         for how in find_isolation(self.isolation):
             program = "a, b = map(int, input().split())\nprint(a * b)"
-            outcome = self._run(how, program, test, time.monotonic() + 60, threading.Event())
+            outcome = self._run(self._batch(how, 60.0), program, test)
             if outcome.passed:
                 return how
             said += f"\n{outcome.message or outcome.cases}"
