@@ -111,14 +111,29 @@ def test_plain_data_comes_back_as_it_was(value):
 
 
 def test_subclasses_come_back_as_their_base():
-    class Same(int):
+    class Number(int):
         def __eq__(self, other):
             return True
 
+        def __format__(self, spec):
+            return "3"
+
         __hash__ = int.__hash__
 
-    assert type(decode(encode(Same(4)))) is int
-    assert decode(encode([Same(4)])) != [3]
+    class Names(dict):
+        def __getitem__(self, key):
+            return 3
+
+        def __iter__(self):
+            return iter(["x"])
+
+    class Items(list):
+        def __iter__(self):
+            return iter([3])
+
+    back = decode(encode([Number(4), Names(a=4), Items([4])]))
+    assert back == [4, {"a": 4}, [4]]
+    assert [type(item) for item in back] == [int, dict, list]
 
 
 def test_bytes_that_are_no_data_raise_nothing_but_a_value_error():

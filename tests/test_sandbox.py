@@ -30,6 +30,7 @@ from vpd_trl.sandbox import (
     Status,
     StdinTest,
 )
+from vpd_trl.sandbox.isolation import find_isolation
 
 
 LIMITS = Limits(cpu_seconds=1.0, seconds=3.0, memory=256 << 20)
@@ -50,9 +51,19 @@ def sandbox(request):
     return make(request.param)
 
 
-@pytest.fixture(scope="module")
-def bubblewrap():
-    return make("bubblewrap")
+@pytest.fixture(params=["as it is", "in a user namespace"], scope="module")
+def bubblewrap(request):
+    """The level in both its forms: root needs no user namespace, and another user has no other choice."""
+    sandbox = make("bubblewrap")
+    if request.param == "as it is":
+        return sandbox
+    if sandbox._how.user_namespace:
+        pytest.skip("that is how it is")
+    sandbox._how = find_isolation("bubblewrap")[-1]
+    result = sandbox.run([("print(3)", CodeTests([StdinTest("", "3")]))])[0]
+    if not result.passed:
+        pytest.skip(f"user namespaces can't be had here: {result}")
+    return sandbox
 
 
 def script(sandbox, program, stdout="", stdin=""):
@@ -360,8 +371,12 @@ def test_the_supervisor_can_not_be_ended_stopped_or_opened(bubblewrap):
     for number in (9, 19, 11, 15):
         try: os.kill(os.getppid(), number)
         except OSError: pass
-    for name in ("mem", "fd", "environ", "cwd", "root"):
-        try: print(os.listdir(f"/proc/1/{name}") if name == "fd" else open(f"/proc/1/{name}", "rb").read(1))
+    for name in ("mem", "environ", "maps", *(f"fd/{number}" for number in range(64))):
+        for flags in (os.O_RDONLY, os.O_WRONLY):
+            try: print("opened", name, os.open(f"/proc/1/{name}", flags))
+            except OSError: pass
+    for name in ("cwd/.", "root/."):
+        try: print(os.listdir(f"/proc/1/{name}"))
         except OSError: pass
     print(os.getppid(), "end")
     """
@@ -390,6 +405,11 @@ def test_ten_gigabytes_are_refused(sandbox, program):
     before = resident()
     assert script(sandbox, program).status is Status.MEMORY
     assert resident() - before < 50 << 20
+
+
+def test_the_address_space_is_limited_before_it_is_filled(sandbox):
+    program = "import mmap\ntry:\n    mmap.mmap(-1, 10**10)\nexcept OSError:\n    print('refused')"
+    assert script(sandbox, program, "refused").status is Status.PASSED
 
 
 def test_the_memory_of_all_processes_counts(sandbox):
@@ -522,6 +542,17 @@ def test_no_connection_to_loopback(sandbox):
         assert script(sandbox, program, "refused\nrefused").status is Status.PASSED
 
 
+def test_the_network_is_another_one(bubblewrap):
+    program = """
+    import os
+    print(os.readlink("/proc/self/ns/net"))
+    print(*(line.split(":")[0].strip() for line in open("/proc/net/dev").readlines()[2:]))
+    """
+    namespace, devices = printed(bubblewrap, program).splitlines()
+    assert namespace != os.readlink("/proc/self/ns/net")
+    assert devices == "lo"
+
+
 # ---- Attacks: on the verdict
 
 
@@ -545,6 +576,47 @@ def test_ways_to_end_early_pass_no_test(sandbox, cheat):
         assert (
             check(sandbox, program, "def check(candidate):\n    assert candidate(1) == 3").status is not Status.PASSED
         )
+
+
+FORGE = """
+import os
+from sandboxed.plain import encode
+report = encode({"status": "ok", "output": b"", "message": "", "seconds": 0.0})
+frames = b"".join(len(data).to_bytes(8, "big") + data for data in (report, encode(("ok", b""))))
+
+def forge():
+    for fd in range(3, 256):
+        try:
+            os.set_blocking(fd, False)
+            os.write(fd, frames)
+        except OSError:
+            pass
+    os._exit(0)
+"""
+
+
+def test_forged_reports_pass_no_test(sandbox):
+    code = "def check(candidate):\n    assert candidate(1) == 3"
+    assert check(sandbox, FORGE + "forge()", code).status is not Status.PASSED
+    assert check(sandbox, FORGE + "def f(x):\n    forge()", code).status is not Status.PASSED
+    assert call(sandbox, FORGE + "def f(x):\n    forge()", 1, expected=3).status is not Status.PASSED
+    assert script(sandbox, FORGE + "forge()", "3").status is not Status.PASSED
+
+
+def test_a_program_has_no_files_but_its_own(sandbox):
+    program = """
+    import os
+    def f(x):
+        found = []
+        for fd in range(256):
+            try: found.append((fd, os.fstat(fd)) and fd)
+            except OSError: pass
+        return found
+    print(*f(1))
+    """
+    assert script(sandbox, program, "0 1 2 3").status is Status.PASSED
+    assert call(sandbox, program, 1, expected=[0, 1, 2, 3]).status is Status.PASSED
+    assert check(sandbox, program, "assert f(1) == [0, 1, 2, 3, 4]").status is Status.PASSED
 
 
 def test_replaced_builtins_change_no_verdict(sandbox):
