@@ -501,6 +501,20 @@ def test_training_runs_each_program_once_and_shows_the_teacher_how_it_fared(tmp_
     assert logged["feedback/execution_passed"] == logged["reward"] == logged["rewards/code_reward/mean"]
 
 
+def test_the_readmes_example_runs():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.split("`ExecutionFeedback()` is for programs")[1].split("```python\n")[1].split("```")[0]
+    scope = {}
+    try:
+        exec(code, scope)
+    except SandboxUnavailable as error:
+        pytest.skip(f"no bubblewrap here: {error}")
+    tests = [scope["row"]["tests"]]
+    assert ask(scope["reward"], [fenced("input()\nprint(3)\n")], tests) == [0.5]
+    told = ask(scope["feedback"], [fenced("input()\nprint(3)\n")], tests)[0].critique
+    assert told.startswith("The program passes the tests that are public.")
+
+
 # ---- HumanEval
 
 

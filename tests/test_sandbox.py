@@ -33,7 +33,9 @@ from vpd_trl.sandbox import (
 from vpd_trl.sandbox.isolation import find_isolation
 
 
-LIMITS = Limits(cpu_seconds=1.0, seconds=3.0, memory=256 << 20)
+# The machine may be busy: processor time ends what runs, and wall-clock time is ample
+LIMITS = Limits(cpu_seconds=1.0, seconds=15.0, memory=256 << 20)
+SOON = 15.0  # seconds, far below what the programs would take that must be ended
 filtered = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "aarch64"), reason="system calls are filtered on x86-64 and 64-bit ARM alone"
 )
@@ -106,7 +108,7 @@ def command_lines():
 
 def await_end_of(marker):
     """Whether no process has the marker on its command line, soon."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 15
     while any(marker.encode() in line for line in command_lines()):
         if time.monotonic() > deadline:
             return False
@@ -290,7 +292,7 @@ def test_the_time_limit_holds_outside_the_main_thread(sandbox):
 
 def test_sleep_ends_at_the_wall_clock_limit_and_is_no_processor_time():
     for level in ("bubblewrap", "limits"):
-        sandbox = make(level, limits=Limits(cpu_seconds=0.5, seconds=2.0))
+        sandbox = make(level, limits=Limits(cpu_seconds=0.5, seconds=4.0))
         thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
         assert script(sandbox, thread).status is Status.TIMEOUT
         assert script(sandbox, "import time\ntime.sleep(1)").status is Status.PASSED
@@ -302,7 +304,7 @@ def test_a_fork_bomb_is_stopped_and_leaves_no_process(sandbox):
     start = time.monotonic()
     result = script(sandbox, bomb)
     assert result.status is Status.ERROR
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < SOON
     assert await_end_of("987.0625")
 
 
@@ -344,7 +346,7 @@ def test_a_grandchild_that_holds_the_pipe_is_ended_and_not_waited_for(sandbox):
     """
     start = time.monotonic()
     assert script(sandbox, program, "3").status is Status.PASSED
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < SOON
     assert await_end_of("987.125")
 
 
@@ -744,9 +746,9 @@ def test_floats_are_compared_with_the_sandboxs_tolerance(sandbox):
 def test_programs_of_a_batch_run_at_the_same_time(sandbox):
     batch = Sandbox(isolation=sandbox.isolation, max_workers=8)
     start = time.monotonic()
-    outcomes = batch.run([("import time\ntime.sleep(1)", CodeTests([StdinTest("", "")]))] * 8)
+    outcomes = batch.run([("import time\ntime.sleep(2)", CodeTests([StdinTest("", "")]))] * 8)
     assert all(outcome.passed for outcome in outcomes)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 8  # one after the other they take 16
 
 
 def test_a_crash_loses_no_other_program(sandbox):
@@ -757,11 +759,11 @@ def test_a_crash_loses_no_other_program(sandbox):
 
 
 def test_what_has_not_ended_at_the_deadline_of_the_batch_was_not_run(sandbox, caplog):
-    batch = Sandbox(isolation=sandbox.isolation, max_workers=2, batch_seconds=2.0)
+    batch = Sandbox(isolation=sandbox.isolation, max_workers=2, batch_seconds=4.0, limits=Limits(seconds=60.0))
     tests = CodeTests([StdinTest("", "1")])
     start = time.monotonic()
-    outcomes = batch.run([(program, tests) for program in ("print(1)", *["import time\ntime.sleep(8)"] * 3)])
-    assert time.monotonic() - start < 5
+    outcomes = batch.run([(program, tests) for program in ("print(1)", *["import time\ntime.sleep(60)"] * 3)])
+    assert time.monotonic() - start < SOON
     assert [outcome.status for outcome in outcomes] == [Status.PASSED] + [Status.NOT_RUN] * 3
     assert "3 of 4 programs were not run" in caplog.text
 
@@ -777,10 +779,11 @@ def test_an_interrupt_ends_the_batch(sandbox, monkeypatch):
             return future
 
     monkeypatch.setattr(run, "ThreadPoolExecutor", Interrupted)
+    patient = Sandbox(isolation=sandbox.isolation, limits=Limits(seconds=60.0))
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        Sandbox.run(sandbox, [("import time\ntime.sleep(60)", CodeTests([StdinTest("", "")]))])
-    assert time.monotonic() - start < 2.5
+        patient.run([("import time\ntime.sleep(60)", CodeTests([StdinTest("", "")]))])
+    assert time.monotonic() - start < SOON
 
 
 def test_a_sandbox_can_be_copied_and_pickled(sandbox):

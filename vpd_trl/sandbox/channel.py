@@ -43,6 +43,7 @@ class Channel:
         self._to_send = memoryview(b"".join(parts))
         self._received = bytearray()
         self._said = bytearray()
+        self.ended = False  # by itself
 
     def __enter__(self) -> Channel:
         control, self._control = os.pipe()
@@ -130,6 +131,7 @@ class Channel:
                 part = os.read(self._results, 65_536)
                 self._received += part
                 if not part:
+                    self.ended = True
                     return False
         return True
 

@@ -24,7 +24,7 @@ from .plain import decode, encode
 
 logger = logging.getLogger(__name__)
 
-GRACE = 10.0  # seconds beyond a test's time after which its sandbox, supervisor and all, is given up
+GRACE = 30.0  # seconds beyond a test's time after which its sandbox, supervisor and all, is given up
 MAX_SHOWN, MAX_MESSAGE = 500, 1000  # characters of an output and of a message that are kept
 
 _STATUS = {
@@ -192,7 +192,7 @@ class Sandbox:
             with Channel(
                 how, self._job(batch, user, program, tests), self.site_packages, folder, cancelled
             ) as channel:
-                ready = channel.receive(min(deadline, start + 30 + GRACE))
+                ready = channel.receive(min(deadline, start + 60))
                 while ready is not None and len(cases) < total:
                     report = channel.receive(min(deadline, time.monotonic() + self.limits.seconds + GRACE))
                     if report is None:
@@ -206,8 +206,10 @@ class Sandbox:
             ended_early = len(cases) < total and not (cases and cases[-1].status in _LAST)
             if ended_early and (time.monotonic() >= deadline or cancelled.is_set()):
                 return Outcome(Status.NOT_RUN, (), total, seconds, self._late())
-            if ended_early:
+            if ended_early and channel.ended:
                 cases.append(CaseResult(Status.ERROR, message="The program made its sandbox end."))
+            elif ended_early:
+                cases.append(CaseResult(Status.TIMEOUT))
             return Outcome(_overall(cases), tuple(cases), total, seconds)
         except OSError as error:
             return Outcome(Status.NOT_RUN, (), total, time.monotonic() - start, f"{type(error).__name__}: {error}")
