@@ -2,12 +2,14 @@
 
 from .base import Feedback, FeedbackFn, Generated, Rollout
 from .critique import SelfCritiqueFeedback
+from .execution import ExecutionFeedback
 from .judge import JudgeFeedback
 from .leak import contains_answer, redact_answer
 from .sibling import SiblingFeedback
 
 
 __all__ = [
+    "ExecutionFeedback",
     "Feedback",
     "FeedbackFn",
     "Generated",

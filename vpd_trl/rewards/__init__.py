@@ -1,0 +1,6 @@
+"""Reward functions."""
+
+from .code import CodeReward, code_reward
+
+
+__all__ = ["CodeReward", "code_reward"]

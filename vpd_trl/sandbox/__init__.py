@@ -1,0 +1,55 @@
+"""
+Running programs that a model wrote.
+
+What was tried against it, and what holds at which level of isolation (`tests/test_sandbox.py` tries all of it):
+
+| attempt                                                          | bubblewrap | limits         |
+|------------------------------------------------------------------|------------|----------------|
+| a loop that catches every exception and signal, sleeping threads | holds      | holds          |
+| a fork bomb                                                      | holds      | holds          |
+| a grandchild in a session of its own that holds the output pipe  | holds      | holds          |
+| 10 GB at once, in steps, or spread over processes                | holds      | holds          |
+| memory that no process is charged with (memfd, System V)         | holds (1)  | holds (1)      |
+| a flood of output, binary output                                 | holds      | holds          |
+| one large file                                                   | holds      | holds          |
+| many files that fill the disk                                    | holds      | not            |
+| reading the environment                                          | holds      | holds (2)      |
+| reading the home folder and other files                          | holds      | not            |
+| connecting to loopback or anywhere                               | holds      | holds (1)      |
+| exit statuses, printed verdicts, replaced builtins, `==` of own  | holds      | holds          |
+| finding expected values or the test program in memory or files   | holds      | holds          |
+| changing the test program or the interpreter's files             | holds      | not            |
+| ending or stopping the supervisor                                | holds      | not (3)        |
+| deep recursion, integers of 5,000 digits                         | holds      | holds          |
+
+(1) On x86-64 and 64-bit ARM; elsewhere only the network is closed, and that by bubblewrap alone.
+(2) Its own, which is nearly empty; not that of other processes of the same user.
+(3) The test then counts as failed, but what the program started can outlive it.
+
+Not tried, and not claimed: errors of the kernel.
+"""
+
+from .cases import CallTest, CheckTest, CodeTests, StdinTest, parse_tests
+from .compare import same_text, same_value
+from .isolation import SandboxUnavailable
+from .outcome import CaseResult, Outcome, Status
+from .run import Limits, Sandbox
+from .runner import CodeRunner
+
+
+__all__ = [
+    "CallTest",
+    "CaseResult",
+    "CheckTest",
+    "CodeRunner",
+    "CodeTests",
+    "Limits",
+    "Outcome",
+    "Sandbox",
+    "SandboxUnavailable",
+    "Status",
+    "StdinTest",
+    "parse_tests",
+    "same_text",
+    "same_value",
+]
