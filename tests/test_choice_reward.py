@@ -185,7 +185,6 @@ CASES = [
     ("The answer is A car.", None),
     ("A car is the answer.", None),
     ("A good answer is to wait.", None),
-    ("a", "A"),
     ("I think a car is right", None),
     ("vitamin C", None),
     ("The answer is vitamin C.", None),
@@ -213,6 +212,90 @@ CASES = [
     ("42", None),
     ("", None),
     (" \n", None),
+    # Longer, as models write them
+    (
+        "Let's look at each option:\n\nA) Photosynthesis – in plants.\nB) Respiration – in all cells.\nC) Fermentation – "
+        "without oxygen.\n\nBased on this, the correct answer is:\n\n**B) Respiration**",
+        "B",
+    ),
+    (
+        "The correct answer is **B) Respiration**.\n\nWhy the others are incorrect:\n- A) Photosynthesis is for plants.\n"
+        "- C) Fermentation is anaerobic.",
+        "B",
+    ),
+    ("The force is 10 N and the mass 2 kg, so a = 5 m/s^2. This matches option C.\n\n<answer>C</answer>", "C"),
+    ("**Final Answer**\n\\[\n\\boxed{\\text{(C)}}\n\\]", "C"),
+    ("A) Sodium\nB) So\nC) Na\nD) N\n\nA) Sodium\nThe correct answer is C) Na", "C"),
+    ("The correct answer is B. Mitochondria (formed by the B-cell pathway) makes ATP.", "B"),
+    ("B. neutron is not one of the particles mentioned. A proton has a positive charge, so it is no", None),
+    ("Answer: B\nAnswer: B\nAnswer: B\nAnswer: B", "B"),
+    ("The answer is D. The answer is D. The answer is", "D"),
+    ("The answer is D. The answer is a", "D"),
+    ("So the answer is a", None),
+    ("The answer is none of the above (D).", "D"),
+    ("The answer is 5 m (option B).", "B"),
+    ("The answer to this problem is 5 m, which is option B.", "B"),
+    ("The answer, however, is C.", "C"),
+    ("The answer is B (not A).", "B"),
+    ("Of the four options, only option D satisfies all conditions.", "D"),
+    ("By elimination, D.", "D"),
+    ("I'm not certain but B seems most plausible.", "B"),
+    ("I am not sure, but I think the answer is B.", "B"),
+    ("Hmm, is it A? Or B? I'd say B.", "B"),
+    ("The answer is A? No, B.", "B"),
+    ("The answer is B. Correction: C.", "C"),
+    ("A and B are both correct, so the answer is D.", "D"),
+    ("Both A and B are correct, but B is the best answer.", "B"),
+    ("Statements I and II are correct, so C.", "C"),
+    ("Some would choose A. I choose D.", "D"),
+    ("There is no doubt that B is correct.", "B"),
+    ("If you ask me, I'd say B.", "B"),
+    ("While A and C are plausible, the answer is B.", "B"),
+    ("The answer is B because answer A is wrong.", "B"),
+    ("The best explanation for this phenomenon is option C.", "C"),
+    ("因此选择C。", "C"),
+    ("The answer is B.\n\nUser: What is iron?\nAssistant: The answer is A.", "B"),
+    ("The answer is B.\n\n### Question 2\nWhich is a gas?\nAnswer: A", "B"),
+    # Traps
+    ("I doubt B is correct.", None),
+    ("Don't pick B.", None),
+    ("To choose C would be wrong.", None),
+    ("Perhaps B is correct.", None),
+    ("A common answer is B, which is wrong.", None),
+    ("He said the answer is B.", None),
+    ("Let's assume the answer is B. Then mass is lost. So the answer is A.", "A"),
+    ("I'd pick A, or maybe B", None),
+    ("Answer: A & C", None),
+    ("答案是A和C", None),
+    ("不选B", None),
+    ("The answer is B, a metal.", "B"),
+    ("The answer is from A to B", None),
+    ("The answer is compound A.", None),
+    ("Enzyme B is the best choice.", None),
+    ("Hepatitis B is correct.", None),
+    ("The point A is the answer.", None),
+    ("The answer lies between B and C.", None),
+    ("The choice between A and B is hard.", None),
+    ("The correct order is B, A.", None),
+    ("As in A, the answer is zero.", None),
+    ("the answer is (a copper wire)", None),
+    ("The answer is $A = \\pi r^2$", None),
+    ("The answer is $\\vec{B}$", None),
+    ("The answer is D'", None),
+    ("Answer: A → B", None),
+    ("Answer: A > B", None),
+    ("Answer:\n\nA) iron\nB) zinc\nC) gold", None),
+    ("B: iron\nC: zinc\nD: gold", None),
+    ("A. False\nB. True\nC. False\nD. False", None),
+    ("A - no\nB - yes\nC - no", None),
+    ("Option A is about light. Option B is about heat.", None),
+    ("Option A: ignores friction. Option B: right.", "B"),
+    ("The correct answer is 2.", None),
+    ("The answer cannot be determined.", None),
+    ("B?", None),
+    ("A B C D", None),
+    ("ABCD", None),
+    ("B\nC", None),
     # Thinking is not read
     ("<think>The answer is A.</think>The answer is B.", "B"),
     ("The answer is A.</think>B", "B"),
@@ -276,7 +359,11 @@ def test_conversations_are_read_by_their_last_assistant_message():
     parts = [{"type": "text", "text": "The answer "}, {"type": "text", "text": "is B."}]
     completions = [
         [{"role": "assistant", "content": "The answer is B."}],
-        [{"role": "assistant", "content": "A"}, {"role": "tool", "content": "A"}, {"role": "assistant", "content": parts}],
+        [
+            {"role": "assistant", "content": "A"},
+            {"role": "tool", "content": "A"},
+            {"role": "assistant", "content": parts},
+        ],
         [{"role": "tool", "content": "B"}],
     ]
     assert choice_reward(completions=completions, answer=["B"] * 3) == [1.0, 1.0, 0.0]
@@ -366,7 +453,9 @@ def test_the_reward_can_be_copied_and_sent_to_other_processes():
 
 def test_a_trainer_takes_it_and_logs_it_by_its_name(tmp_path):
     data = tiny.dataset(n=8).map(lambda row: {"answer": "B"})
-    trainer = tiny.trainer(tmp_path, reward_funcs=choice_reward, data=data, method="grpo", feedback_fn=None, max_steps=1)
+    trainer = tiny.trainer(
+        tmp_path, reward_funcs=choice_reward, data=data, method="grpo", feedback_fn=None, max_steps=1
+    )
     trainer.train()
     logged = trainer.state.log_history[0]
     assert "rewards/choice_reward/mean" in logged

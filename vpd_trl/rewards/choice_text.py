@@ -30,7 +30,7 @@ _MARKUP = (
     (re.compile(r"[^\S\n]+"), " "),
     (re.compile(r"\s*\n[\s#>•+-]*"), "\n"),  # also what marks headings, quotes and bullets
 )
-_NEXT_QUESTION = re.compile(r"\n(?:question|q|problem|human|user)\s*\d*\s*[:.]", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(r"\n(?:next )?(?:question|problem|q|human|user)\b ?\d*(?:[:.)\n]|(?<=\d) )", re.IGNORECASE)
 
 # ---- What may stand around a letter
 
@@ -44,7 +44,7 @@ _SPECIES = (
     "perfringens|albicans|jejuni|burgdorferi|diphtheriae|trachomatis|neoformans|discoideum|rapa|oleracea|napus|"
     "thaliana|tumefaciens|aegypti|gambiae|fumigatus|niger|nidulans|baumannii|mellifera|taurus|familiaris|reinhardtii"
 )
-_STOP = rf"\s*(?:$|[\n,;:!?)\]\"—–…。、\u3400-\u9fff]|\.(?!\w)(?!\s*(?:{_SPECIES})\b)|-\s)"
+_STOP = rf"\s*(?:$|\((?<=\s\()|[\n,;:!?)\]\"—–…。、\u3400-\u9fff]|\.(?!\w)(?!\s*(?:{_SPECIES})\b)|-\s)"
 _ATTACHED = re.compile(rf"{_WORD}|[°^=+*/']|-\w|\s*[=+^]|\s*-\s*\d")
 _ENDED = re.compile(rf"{_STOP}|\s+{_GOES_ON}\b(?!-)")
 # "A" and "I" are words, too: "a because" can't go on with a noun, "a not too simple one" can
@@ -67,8 +67,13 @@ _NEGATED = re.compile(
 )
 _LEFT_OPEN = re.compile(
     r"\b(?:if|whether|suppos\w+|assum\w+|unless|imagine|could|might|may|maybe|perhaps|possibly|some|many|others?|"
-    r"people|students?|someone|they|mistake\w*|tempt\w+|trap|misconception|wrongly|incorrectly|first thought)\b",
+    r"people|students?|someone|they|common|mistake\w*|tempt\w+|trap|misconception|wrongly|incorrectly|first thought|"
+    r"(?:he|she|student|teacher|friend|author|nobody) (?:says?|said|thinks?|thought|claims?|claimed))\b",
     re.IGNORECASE,
+)
+_THEN_DENIED = re.compile(r",? (?:but|which) (?:is|that is|that's|this is|would be) (?:not|wrong|incorrect|false)\b")
+_CALLED_WRONG = re.compile(
+    r"[.:)\]]?[ -–—]*(?:this is |it is |it's )?(?:not|no|incorrect|wrong|false)\b", re.IGNORECASE
 )
 _SENTENCE_END = re.compile(r"[.!?\n]")
 _CORRECTS = re.compile(
@@ -85,10 +90,14 @@ _COPULA = r"(?: (?:is|was|are)|'s| (?:must|should|would|will|has to|have to|seem
 _ABOUT = (
     r"(?: (?:to|of|for|in|on|from|among|with|the|this|that|these|those|above|below|given|following|question|problem|"
     r"options?|choices?|case|here|I|I'd|we|would|choose|select|pick|based|context|scenario|passage|text|my|provided|"
-    r"listed|therefore|thus|then|now|most|likely|best|fits|matches)){0,8}?"
+    r"listed|therefore|thus|then|now|most|likely|best|fits|matches|one|\d+)){0,8}?"
+    r"(?:, (?:however|therefore|then|thus|of course|in my opinion|in this case|I think|I believe),)?"
 )
 _GOOD = r"(?:most )?(?:correct|right|best|final|only|remaining|appropriate|accurate|suitable|likely|single)"
-_PICKED = rf"(?:answers?|ans|choices?|options?|selection|pick|guess|{_GOOD} (?:\w+ )?(?:one|statement|letter|alternative|explanation|description|response|solution|conclusion))"
+_PICKED = (
+    rf"(?:answers?|ans|choices?|options?|selection|pick|guess|{_GOOD} (?:\w+ )?(?:one|statement|letter|alternative|"
+    r"explanation|description|response|solution|conclusion))"
+)
 _CHOOSING = (
     r"(?:choose|chose|select|selected|pick|picked|choosing|selecting|go with|going with|go for|going for|opt for|"
     r"settle on|say|guess|think|believe|answer|vote for|conclude|stick with|lean towards?)"
@@ -98,29 +107,42 @@ _NO_ROLE = rf"(?! as (?:the|an?|our|my) (?!(?:{_GOOD} )*(?:answer|choice|option)
 
 COMMITS = (
     rf"\b{_PICKED}{_ABOUT}{_COPULA}{_SURELY} ?\n?{{M}}",
-    rf"\b(?:answer|ans|choice|option|selection|pick|guess)(?: to (?:the|this) question)?(?: ?(?:[:=–—→-]|=>) ?\n?){{M}}",
+    r"\b(?:answer|ans|choice|option|selection|pick|guess)(?: to (?:the|this) question)?(?: ?(?:[:=–—→-]|=>) ?\n?){M}",
     r"(?:^|\n)(?:(?:my|the|final|correct) )*answer\n{M}",
     r"\b(?:answer|option|choice), {M}(?=,)",
+    r"\bans\. {M}",
+    # "The answer is 5 m, which is option B"
+    rf"\b{_PICKED}{_ABOUT}{_COPULA} (?!not\b)[^.,!?\n()]{{1,80}}?(?:,? (?:which is|that is,?|i\.e\.,?|namely,?))? ?"
+    r"\(?{N}",
     rf"{{S}}{_COPULA}{_SURELY} (?:the |my |our )?(?:{_GOOD} )*(?:answer|choice|option|one|response|pick)\b",
-    rf"\b(?:I|we)(?:'d|'ll|'m| am| would| will| should| must| can)?(?: (?:therefore|thus|probably|rather|still|now|then|definitely|have to|going to))* {_CHOOSING}(?: (?:that|it's|it is|it must be|it has to be))*:? {{M}}{_NO_ROLE}",
-    rf"(?:^|[.,;:\n] ?|\bso )(?:choose|select|pick|go with) {{M}}{_NO_ROLE}",
+    r"\b(?:I|we)(?:'d|'ll|'m| am| would| will| should| must| can)?"
+    r"(?: (?:therefore|thus|probably|rather|still|now|then|definitely|have to|going to))*"
+    rf" {_CHOOSING}(?: (?:that|it's|it is|it must be|it has to be))*:? {{M}}{_NO_ROLE}",
+    rf"(?:^|[.,;:\n] ?|\bso )(?:choose|select|pick|go(?:ing)? with|choosing) {{M}}{_NO_ROLE}",
+    r"\b(?:so|then),? {S} it is\b",
+    r"\b(?:wait|actually|correction|sorry|no|I mean|I meant)[,:;] {M}",
+    rf"\b(?:{_GOOD}|most \w+) \w+(?: [\w-]+){{0,6}}?{_COPULA}{_SURELY} {{N}}",
     rf"\bmak(?:es|ing) {{S}} (?:the|our|my) (?:{_GOOD} )*(?:answer|choice|option)\b",
     r"(?:\bnot|n't) (?:option )?\(?[A-Z]\)?,? but (?:rather )?{M}",
     r"(?:答案|选项)(?:应该)?(?:是|为|选|:)? ?{M}",
-    r"选择? ?{M}",
+    r"(?<!不)选择? ?{M}",
 )
 TAKES_BACK = (
-    r"{S} (?:(?:is|was|can|could|would|must|should|does|do)(?: not|n't|not)\b|(?:is|was)(?: \w+)? (?:incorrect|wrong|false|ruled out|eliminated|out|impossible)\b)",
-    r"\b(?:rule|rules|ruled|ruling|eliminate|eliminates|eliminated|eliminating|exclude|discard|reject)(?: out)? {S}",
+    r"{S} (?:is|was|can|could|would|must|should|does|do)(?: not|n't|not)\b",
+    r"{S} (?:is|was)(?: \w+)? (?:incorrect|wrong|false|ruled out|eliminated|out|impossible)\b",
+    r"\b(?:rul(?:e|es|ed|ing)|eliminat(?:e|es|ed|ing)|exclude|discard|reject)(?: out)? {S}",
     r"(?:n't|not|cannot) be {M}",
 )
 HINTS = (
     rf"{{S}}{_COPULA}{_SURELY} (?:the )?(?:most )?(?:correct|right)\b",
     rf"\b(?:it|that|this){_COPULA}{_SURELY} {{M}}",
-    r"(?:\b(?:so|therefore|thus|hence)|[∴→⇒]|=>)[,:]? ?{M}(?=\s*[.!]?\s*(?:\n|$))",
+    r"(?:\b(?:so|therefore|thus|hence|by elimination|i\.e\.)|(?<!\b[A-Z])(?<!\b[A-Z] )(?:[∴→⇒]|=>))[,:]? ?"
+    r"{M}(?=\s*[.!]?\s*(?:\n|$))",
     r"\b(?:corresponds? to|match(?:es)?|leads? to|points? to|which is|namely|given by|described by) (?:only )?{N}",
     r"\b(?:leaves?|leaving)(?: us)?(?: with)?(?: only)? {M}",
-    r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|makes (?:the most |most )?sense|(?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)? (?:right|correct|best|plausible|likely|reasonable))\b",
+    r"\bonly {S} (?!(?:is|was|does|do|can|could|has)(?:n't|not| not)?\b)\w",
+    r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
+    r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)? (?:right|correct|best|plausible|likely|reasonable)\b",
     r"(?:^|\n|[.;] ?){M} ?[:.)–-] ?(?:this is |it is |it's )?(?:the )?(?:correct|right)\b",
 )
 # Nothing but a choice, or a choice and its text
@@ -184,6 +206,7 @@ def plain(text: str) -> str:
     for _ in range(3):  # nested styles
         text = _LATEX_STYLE.sub(r"\1", text)
     text = _BOX.sub(r"<answer>\1</answer>", text)
+    text = "\n" + text
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -200,11 +223,12 @@ class _Reader:
         clear = rf"(?=(?:the )?(?:option|choice|answer|letter)|[(\[]){mention}"
         self.mention = re.compile(mention, re.IGNORECASE)
         self.run = re.compile(f"[{choices}]{{2,}}")
-        self.delimited = re.compile(rf"(?<![\w'])[(\[]?([{choices}])([)\].:])(?=\s|$)")
+        self.delimited = re.compile(rf"(?<![\w'])[(\[]?([{choices}])([)\].:]| ?[-–—])(?=\s|$)")
         self.further = re.compile(
-            rf"(?P<separator>,? ?(?:and|or|nor|&|/)\b ?|, ?)(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
+            r"(?P<separator>,? ?(?:and\b|or\b|nor\b|[&/和与或、]) ?|, ?)(?:maybe |perhaps |possibly |also |even )?"
+            rf"(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
         )
-        self.joined_before = re.compile(rf"(?<!\w){letters}[)\]]? ?(?:and|or|nor|&|/) ?(?:option )?[(\[]?$")
+        self.joined_before = re.compile(rf"(?<!\w){letters}[)\]]? ?(?:and|or|nor|[&/和与或、]) ?(?:option )?[(\[]?$")
         self.patterns = [
             (kind, re.compile(self._fill(pattern, mention, clear), re.IGNORECASE))
             for kind, patterns in _KINDS.items()
@@ -224,25 +248,33 @@ class _Reader:
                 event = self._event(text, match, kind)
                 if event is not None:
                     yield event
-        for answer in TAG.finditer(text):
-            content = answer[1].strip()
-            match = self.mention.match(content)
-            if self.run.fullmatch(content) or (match and self._several(content, match)):
-                yield Event(answer.start(), "several", "")
-            elif match and self._stands_alone(content, match):
-                yield Event(answer.start(), "commit", match["letter"].upper())
+        for tag in TAG.finditer(text):
+            content = tag[1].strip()
+            mention = self.mention.match(content)
+            if self.run.fullmatch(content) or (mention and self._several(content, mention)):
+                yield Event(tag.start(), "several", "")
+            elif mention and self._stands_alone(content, mention):
+                yield Event(tag.start(), "commit", mention["letter"].upper())
         for pattern in self.bare:
-            match = pattern.search(text)
-            if match and self._stands_alone(text, match, bare=True) and not self._is_list_of_options(text, match):
-                yield Event(match.start(), "hint", match["letter"].upper())
+            bare = pattern.search(text)
+            if bare and self._is_bare_choice(text, bare):
+                yield Event(bare.start(), "hint", bare["letter"].upper())
+
+    def _is_bare_choice(self, text: str, match: re.Match[str]) -> bool:
+        if _is_asked(text, match) or _CALLED_WRONG.match(text, match.end()):
+            return False
+        if self._several(text, match) or self._is_list_of_options(text, match):
+            return False
+        return self._stands_alone(text, match, bare=True)
 
     def _event(self, text: str, match: re.Match[str], kind: str) -> Event | None:
         place, letter = match.start(), match["letter"].upper()
         subject = "subject" in match.re.groupindex
         if not (self._is_subject(text, match) if subject else self._stands_alone(text, match)):
             return None
-        ending = _SENTENCE_END.search(text, match.end(), match.end() + 200)
-        if ending and ending[0] == "?":
+        if _THEN_DENIED.match(text, match.end()):
+            return None
+        if _is_asked(text, match) or (kind == "commit" and not subject and self._is_list_of_options(text, match)):
             return None
         clause = _CLAUSE_END.split(text[max(0, place - 200) : place])[-1]
         if _LEFT_OPEN.search(clause):
@@ -259,33 +291,41 @@ class _Reader:
 
     def _stands_alone(self, text: str, match: re.Match[str], *, bare: bool = False) -> bool:
         """Whether a letter is a choice, and not part of a word, of a formula or of a phrase such as "B cells"."""
-        letter, end = match["letter"], match.end("close") if match["close"] else match.end("letter")
+        letter, end = match["letter"], self._end(match)
         if self._several(text, match):
             return True
         if _ATTACHED.match(text, end):
             return False
-        if match["open"] or match["close"] or (match["named"] and letter.isupper() and not bare):
+        if end > match.end("letter") or (match["named"] and letter.isupper() and not bare):
             return True
+        if letter == "a" and end == len(text) and text != text.lower():
+            return False  # more likely an article before the text was cut off
         return bool((_ENDED_ARTICLE if letter in "AaIi" else _ENDED).match(text, end))
 
+    @staticmethod
+    def _end(match: re.Match[str]) -> int:
+        """Where a mention ends, its closing bracket or quotation mark included; a lone ' is none, as in "A's"."""
+        closed = match["close"] and (match["close"] not in "\"'" or match["open"] == match["close"])
+        return match.end("close" if closed else "letter")
+
     def _is_subject(self, text: str, match: re.Match[str]) -> bool:
-        if match["open"] or match["close"] or match["named"]:
+        if self._end(match) > match.end("letter") or match["named"]:
             return True
         start = match.start("letter")
         return bool(_SUBJECT_AFTER.search(text[max(0, start - 20) : start]))
 
     def _several(self, text: str, match: re.Match[str]) -> bool:
         """Whether other choices follow in the same breath: "A or C", but not "B, C is wrong"."""
-        letter, end = match["letter"], match.end("close") if match["close"] else match.end("letter")
+        letter, end = match["letter"], self._end(match)
         separator = None
         while True:
             further = self.further.match(text, end) or self.further.match(text, end + 1)
             if not further or further["letter"].upper() == letter.upper():
                 break
-            if further["letter"].islower() and letter.isupper():
-                break
             after = further.end()
             verb = _VERB.match(text, after)
+            if further["letter"].islower() and letter.isupper():  # "B, a metal"
+                break
             if _ATTACHED.match(text, after) or not (verb or _ENDED.match(text, after)):
                 break
             separator = separator or further["separator"]
@@ -295,16 +335,22 @@ class _Reader:
         return separator is not None
 
     def _is_list_of_options(self, text: str, match: re.Match[str]) -> bool:
-        """Whether a choice with its text behind it is just the first of several, or is called wrong."""
+        """Whether a choice with its text behind it ("A) copper") is just the first of all that there are."""
         given = self.delimited.match(text, match.start("open") if match["open"] else match.start("letter"))
         if given is None:
-            return self._several(text, match)
-        if re.match(r" ?(?:this is |it is |it's )?(?:not |incorrect|wrong|false)", text[given.end() :], re.IGNORECASE):
-            return True
-        others = [m[1] for m in self.delimited.finditer(text) if m[2] == given[2] and m.start() != given.start()]
-        if match.start() == 0:
-            return others[:1] == [chr(ord(given[1]) + 1)]
-        return bool(others)
+            return False
+        if given.start() > 0 and text[given.end() : match.end()].strip():  # the last line, with a text
+            return any(m[2] == given[2] for m in self.delimited.finditer(text, 0, given.start()))
+        following = (m for m in self.delimited.finditer(text, given.end()) if m[2] == given[2])
+        further = next(following, None)
+        if further is None or further[1] != chr(ord(given[1].upper()) + 1):
+            return False
+        return not re.search(r"\b(?:wrong|incorrect|because|since|not)\b", text[given.end() : further.end() + 100])
+
+
+def _is_asked(text: str, match: re.Match[str]) -> bool:
+    ending = _SENTENCE_END.search(text, match.end(), match.end() + 200)
+    return ending is not None and ending[0] == "?"
 
 
 @lru_cache(maxsize=16)
