@@ -73,7 +73,10 @@ _LEFT_OPEN = re.compile(
 )
 _THEN_DENIED = re.compile(r",? (?:but|which) (?:is|that is|that's|this is|would be) (?:not|wrong|incorrect|false)\b")
 _CALLED_WRONG = re.compile(
-    r"[.:)\]]?[ -–—]*(?:this is |it is |it's )?(?:not|no|incorrect|wrong|false)\b", re.IGNORECASE
+    r"[.:)\]]?[ –—-]*(?:this |the )?(?:it's |(?:(?:it|answer|option|choice) )?is )?(?:not|no|incorrect|wrong|false)\b"
+    r"|[.:)\]]?[^.!?\n]*\bis (?:incorrect|wrong|false|not (?:one|the|correct|right))\b"
+    r"|[.:)][^.!?\n]*[.!?:] ?this (?:answer|option|choice) is (?:incorrect|wrong)",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?\n]")
 _CORRECTS = re.compile(
@@ -216,6 +219,7 @@ class _Reader:
     """Finds what texts say about some choices."""
 
     def __init__(self, choices: str) -> None:
+        self.choices = choices
         letters = f"[{choices}{choices.lower()}]"
         open_, close = r"(?P<open>[(\[{\"'])?", r"(?P<close>[)\]}\"'])?"
         named = r"(?:the )?(?P<named>(?:option|choice|answer|letter|alternative) )"
@@ -224,6 +228,7 @@ class _Reader:
         self.mention = re.compile(mention, re.IGNORECASE)
         self.run = re.compile(f"[{choices}]{{2,}}")
         self.delimited = re.compile(rf"(?<![\w'])[(\[]?([{choices}])([)\].:]| ?[-–—])(?=\s|$)")
+        self.option_line = re.compile(rf"^(?:[Oo]ption )?[(\[]?([{choices}])[)\].:]+(?=\s|$)", re.MULTILINE)
         self.further = re.compile(
             r"(?P<separator>,? ?(?:and\b|or\b|nor\b|[&/和与或、]) ?|, ?)(?:maybe |perhaps |possibly |also |even )?"
             rf"(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
@@ -263,7 +268,9 @@ class _Reader:
     def _is_bare_choice(self, text: str, match: re.Match[str]) -> bool:
         if _is_asked(text, match) or _CALLED_WRONG.match(text, match.end()):
             return False
-        if self._several(text, match) or self._is_list_of_options(text, match):
+        if self._several(text, match) or self._is_list_of_options(text, match, bare=True):
+            return False
+        if self._may_be_no_choice(text, match):
             return False
         return self._stands_alone(text, match, bare=True)
 
@@ -334,18 +341,27 @@ class _Reader:
             end = after
         return separator is not None
 
-    def _is_list_of_options(self, text: str, match: re.Match[str]) -> bool:
+    def _is_list_of_options(self, text: str, match: re.Match[str], *, bare: bool = False) -> bool:
         """Whether a choice with its text behind it ("A) copper") is just the first of all that there are."""
         given = self.delimited.match(text, match.start("open") if match["open"] else match.start("letter"))
         if given is None:
             return False
-        if given.start() > 0 and text[given.end() : match.end()].strip():  # the last line, with a text
-            return any(m[2] == given[2] for m in self.delimited.finditer(text, 0, given.start()))
+        if bare and any(line[1] != given[1].upper() for line in self.option_line.finditer(text)):
+            return True
         following = (m for m in self.delimited.finditer(text, given.end()) if m[2] == given[2])
         further = next(following, None)
         if further is None or further[1] != chr(ord(given[1].upper()) + 1):
             return False
-        return not re.search(r"\b(?:wrong|incorrect|because|since|not)\b", text[given.end() : further.end() + 100])
+        return bare or not re.search(
+            r"\b(?:wrong|incorrect|because|since|not)\b", text[given.end() : further.end() + 100]
+        )
+
+    def _may_be_no_choice(self, text: str, match: re.Match[str]) -> bool:
+        """Whether what looks like a choice and its text is "A:" for "Answer:", or the first of steps that follow."""
+        letter, line = match["letter"], text[match.end("letter") :].split("\n")[0]
+        if match.start() > 0 and len(line) > 2:
+            return letter.islower() or letter == self.choices[0]
+        return letter in "Aa" and line.startswith(":") and (len(line) == 1 or len(line.split()) > 9)
 
 
 def _is_asked(text: str, match: re.Match[str]) -> bool:
