@@ -24,6 +24,7 @@ _FILLER = re.compile(
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 # Two letters and more that are no LaTeX command, and a text in LaTeX
 _WORD = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{|(?<![\\A-Za-z])[A-Za-z]{2,}")
+_COMMAND = re.compile(r"\\(?:begin|end|operatorname|mathbb|mathcal|mathbf)\s*\{[A-Za-z*]+\}")
 _GOES_ON = re.compile(
     r"and|or|to|plus|minus|times|divided|million|billion|thousand|hundred|dozen|out|over|squared|cubed|pi|sqrt|mod|"
     r"sin|cos|tan|log|ln|exp|if|not",
@@ -93,7 +94,11 @@ def _whole(text: str) -> str | None:
     delimited = _DELIMITED.fullmatch(text)
     if delimited:
         return next(filter(None, delimited.groups()))
-    return None if _WORD.search(text) or "\n" in text or not re.search(r"\w", text) else text.strip(" .;,")
+    return None if _first_word(text) or "\n" in text or not re.search(r"\w", text) else text.strip(" .;,")
+
+
+def _first_word(text: str) -> re.Match[str] | None:
+    return _WORD.search(_COMMAND.sub(lambda command: "#" * len(command[0]), text))
 
 
 def _leading(text: str) -> str | None:
@@ -103,11 +108,11 @@ def _leading(text: str) -> str | None:
     delimited = _DELIMITED.match(text)
     if delimited:
         content = next(filter(None, delimited.groups()))
-        if not _WORD.search(content.replace("\\text", "")) or not delimited[0].startswith("$") or "\\" in content:
+        if not delimited[0].startswith("$") or "\\" in content or not _first_word(content):  # else dollars
             return content
     text = re.split(r"\n|[.;!?](?=\s|$)", text, maxsplit=1)[0]
     text = re.sub(r"\s*(?:percent|per cent)\b", "%", text)
-    word = _WORD.search(text)
+    word = _first_word(text)
     if word is not None:
         if _GOES_ON.fullmatch(word[0]):
             return None
