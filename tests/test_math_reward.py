@@ -107,7 +107,6 @@ EQUAL = [
     ("1/2", r"\frac12"),
     ("0.5", r"\dfrac{1}{2}"),
     (r"\frac{1}{2}", "50\\%"),
-    ("50", r"50\%"),
     ("50%", "50\\%"),
     (r"7.41\%", r"7.41\%"),
     (r"7.41\%", "0.0741"),
@@ -404,6 +403,16 @@ def test_a_process_that_dies_takes_one_answer_with_it():
     assert reward(completions=[boxed("10/2")], answer=["5"]) == [1.0], "it died between two calls"
 
 
+@POSIX
+def test_a_process_that_was_stopped_is_not_waited_for():
+    reward = MathReward(workers=1, timeout=1)
+    reward(completions=[boxed(5)], answer=["5"])
+    os.kill(processes(reward)[0].pid, signal.SIGSTOP)
+    start = time.perf_counter()
+    assert reward(completions=[boxed("10/2"), boxed(5.0)], answer=["5", "5"]) == [0.0, 1.0]
+    assert time.perf_counter() - start < 15
+
+
 @pytest.mark.slow
 def test_processes_are_renewed_after_many_answers(monkeypatch):
     monkeypatch.setattr(math_pool, "ANSWERS_PER_WORKER", 3)
@@ -592,6 +601,22 @@ def test_processes_that_do_not_start_are_an_error_and_no_zeros(monkeypatch, prog
         reward(completions=[boxed(5), boxed(6)], answer=["5", "7"])
     monkeypatch.undo()
     assert reward(completions=[boxed(5), boxed(6)], answer=["5", "7"]) == [1.0, 0.0]
+
+
+def test_a_process_that_does_not_start_leaves_its_work_to_the_others(monkeypatch):
+    started = []
+    start = WorkerPool._take
+
+    def take(self):
+        started.append(1)
+        if len(started) == 1:
+            raise OSError("no more processes")
+        return start(self)
+
+    monkeypatch.setattr(WorkerPool, "_take", take)
+    reward = MathReward(workers=2)
+    assert reward(completions=[boxed("a"), boxed("b")], answer=["x", "y"]) == [0.0, 0.0]
+    assert len(started) >= 2
 
 
 @pytest.mark.parametrize(

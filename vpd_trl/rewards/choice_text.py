@@ -110,7 +110,7 @@ _NO_ROLE = rf"(?! as (?:the|an?|our|my) (?!(?:{_GOOD} )*(?:answer|choice|option)
 
 COMMITS = (
     rf"\b{_PICKED}{_ABOUT}{_COPULA}{_SURELY} ?\n?{{M}}",
-    r"\b(?:answer|ans|choice|option|selection|pick|guess)(?: to (?:the|this) question)?(?: ?(?:[:=–—→-]|=>) ?\n?){M}",
+    r"\b(?:answer|ans|choice|option|selection|pick|guess)(?: to (?:the|this) question)?(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
     r"(?:^|\n)(?:(?:my|the|final|correct) )*answer\n{M}",
     r"\b(?:answer|option|choice), {M}(?=,)",
     r"\bans\. {M}",
@@ -146,6 +146,8 @@ HINTS = (
     r"\bonly {S} (?!(?:is|was|does|do|can|could|has)(?:n't|not| not)?\b)\w",
     r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
     r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)? (?:right|correct|best|plausible|likely|reasonable)\b",
+    r"\b(?:best|correctly|most \w+) \w+ by {N}",
+    r"\((?=(?:option|choice|answer)\b){M}[.!]?\Z",
     r"(?:^|\n|[.;] ?){M} ?[:.)–-] ?(?:this is |it is |it's )?(?:the )?(?:correct|right)\b",
 )
 # Nothing but a choice, or a choice and its text
@@ -333,7 +335,8 @@ class _Reader:
             verb = _VERB.match(text, after)
             if further["letter"].islower() and letter.isupper():  # "B, a metal"
                 break
-            if _ATTACHED.match(text, after) or not (verb or _ENDED.match(text, after)):
+            named = "," not in further["separator"] and further["letter"] not in "AI"
+            if _ATTACHED.match(text, after) or not (verb or named or _ENDED.match(text, after)):
                 break
             separator = separator or further["separator"]
             if verb and separator.startswith(","):
@@ -351,6 +354,8 @@ class _Reader:
         following = (m for m in self.delimited.finditer(text, given.end()) if m[2] == given[2])
         further = next(following, None)
         if further is None or further[1] != chr(ord(given[1].upper()) + 1):
+            return False
+        if "\n" in text[given.end() : further.start()] and text[further.start() - 1] != "\n":
             return False
         return bare or not re.search(
             r"\b(?:wrong|incorrect|because|since|not)\b", text[given.end() : further.end() + 100]

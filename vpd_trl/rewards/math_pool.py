@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,8 @@ class WorkerPool:
         except BaseException:  # Ctrl-C
             call.stop()
             raise
-        if call.error is not None:
-            raise call.error
+        if call.error is not None and Outcome.NOT_ASKED in call.outcomes and not deadline.passed:
+            raise call.error  # else others have done its work
         return call.outcomes
 
     def _take(self) -> _Worker:
@@ -229,10 +229,10 @@ class _Call:
     ) -> None:
         self.pool = pool
         self.outcomes = [Outcome.NOT_ASKED] * len(requests)
-        self.error: WorkerError | None = None
+        self.error: Exception | None = None  # of the last thread that gave up
         self._requests = requests
         self._seconds, self._deadline = seconds, deadline
-        self._turn: Iterator[int] = iter(range(len(requests)))
+        self._turn = 0
         self._lock = threading.Lock()
         self._in_use: set[_Worker] = set()
         self._stopped = False
@@ -241,22 +241,29 @@ class _Call:
         """Work through the requests that are left, with a child process of the pool."""
         with self.pool._free:
             worker: _Worker | None = None
-            while (index := self._next()) is not None:
-                try:
+            try:
+                while self._is_on:
                     if worker is None or not worker.usable:
                         worker = self._change(worker)
-                except (WorkerError, OSError) as error:
-                    self.error = error if isinstance(error, WorkerError) else WorkerError(str(error))
-                    self._stopped = True
-                    return
-                self.outcomes[index] = worker.ask(self._requests[index], self._seconds)
+                    index = self._next()  # not before: what can't be sent is left to others
+                    if index is not None:
+                        self.outcomes[index] = worker.ask(self._requests[index], self._seconds)
+            except Exception as error:
+                self.error = error
             if worker is not None:
                 self._in_use.discard(worker)
                 self.pool._give_back(worker)
 
+    @property
+    def _is_on(self) -> bool:
+        return not self._stopped and not self._deadline.passed and self._turn < len(self._requests)
+
     def _next(self) -> int | None:
         with self._lock:
-            return None if self._stopped or self._deadline.passed else next(self._turn, None)
+            if not self._is_on:
+                return None
+            self._turn += 1
+            return self._turn - 1
 
     def _change(self, worker: _Worker | None) -> _Worker:
         if worker is not None:

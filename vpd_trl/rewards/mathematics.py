@@ -42,7 +42,7 @@ def extract_math_answer(text: str, *, strict: bool = False) -> str | None:
 
 class MathReward:
     r"""
-    Reward of mathematics: 1 if the completion's answer equals the reference, else 0.
+    Reward of mathematics: 1 if the completion's answer equals the reference, else 0. `math_reward` is `MathReward()`.
 
     [`extract_math_answer`] finds the answer; [math-verify](https://github.com/huggingface/Math-Verify) compares it with
     the reference: 1/2 equals 0.5, \frac12 and 50\%, sets have no order, tuples have one, units are left out. Answers
