@@ -263,6 +263,9 @@ CASES = [
     ("The answer is D) Both A and B", "D"),
     ("The answer is D: A and B are both correct.", "D"),
     ("The answer is neither A nor C; it's B.", "B"),
+    ('```json\n{"answer": "B"}\n```', "B"),
+    ("The final answer is [[D]]", "D"),
+    ("[[B]]", "B"),
     # Traps
     ("The answer is: B or C depending on temperature", None),
     ("Both B and C look right. I can't decide.", None),
@@ -304,6 +307,7 @@ CASES = [
     ("There are four building blocks of DNA:\n\n   a. Nucleotides (DNA, RNA, and", None),
     ("There are four building blocks of DNA:\n\nA. Nucleotides", None),
     ("A:", None),
+    ("A: I have no answer for this question.", None),
     ("A: The electronegativity of hydrogen is 2, which is more than that of chlorine and fluorine.", None),
     ("A. False\nB. True\nC. False\nD. False", None),
     ("A - no\nB - yes\nC - no", None),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ _WORD = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _LATEX_STYLE = re.compile(r"\\(?:text|math|emph)(?:bf|rm|sf|it|tt|up|normal)?\s*\{([^{}]*)\}")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_MARKUP = (
+_MARKUP: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"<\|[^|<>]*\|>|\\[()\[\],;! ]|\\(?:left|right)(?![a-z])"), " "),
     (re.compile(r"</?(?:b|i|u|em|strong|code)>"), ""),
     (re.compile(r"</?(?!answer>)[A-Za-z]\w*\s*/?>"), "\n"),
@@ -27,6 +27,7 @@ _MARKUP = (
     (re.compile(r"[*`$]|(?<![^\W_])_+|_+(?![^\W_])"), ""),
     (re.compile(r"[‘’]"), "'"),
     (re.compile(r"[“”]"), '"'),
+    (re.compile(r"\[\[|\]\]"), lambda brackets: brackets[0][0]),
     (re.compile(r"[^\S\n]+"), " "),
     (re.compile(r"\s*\n[\s#>•+-]*"), "\n"),  # also what marks headings, quotes and bullets
 )
@@ -110,7 +111,7 @@ _NO_ROLE = rf"(?! as (?:the|an?|our|my) (?!(?:{_GOOD} )*(?:answer|choice|option)
 
 COMMITS = (
     rf"\b{_PICKED}{_ABOUT}{_COPULA}{_SURELY} ?\n?{{M}}",
-    r"\b(?:answer|ans|choice|option|selection|pick|guess)(?: to (?:the|this) question)?(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
+    r"\b(?:answer|ans|choice|option|selection|pick|guess)\"?(?: to (?:the|this) question)?(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
     r"(?:^|\n)(?:(?:my|the|final|correct) )*answer\n{M}",
     r"\b(?:answer|option|choice), {M}(?=,)",
     r"\bans\. {M}",
@@ -366,7 +367,9 @@ class _Reader:
         letter, line = match["letter"], text[match.end("letter") :].split("\n")[0]
         if match.start() > 0 and len(line) > 2:
             return letter.islower() or letter == self.choices[0]
-        return letter in "Aa" and line.startswith(":") and (len(line) == 1 or len(line.split()) > 9)
+        return (
+            letter in "Aa" and line.startswith(":") and (len(line) == 1 or line[:4] == ": I " or len(line.split()) > 9)
+        )
 
 
 def _is_asked(text: str, match: re.Match[str]) -> bool:
