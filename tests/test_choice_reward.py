@@ -363,10 +363,10 @@ def test_strict_reading_takes_the_last_answer_tag_alone():
 def test_long_and_odd_texts_are_read_in_time():
     texts = ("The answer is " * 8000, "A or B, " * 12_000, "answer " * 15_000, "<answer>" * 12_000, "( " * 50_000)
     texts += ("\\text{" * 20_000, "\\boxed{" * 15_000, "\n" * 100_000, "it is A. " * 11_000, "**A" * 30_000)
-    start = time.perf_counter()
+    start = time.process_time()
     for text in texts:
         extract_choice(text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # ---- The reward

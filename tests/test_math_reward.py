@@ -227,10 +227,10 @@ def test_long_and_odd_texts_are_read_in_time():
         "#" * 100_000,
         "\\(" * 50_000,
     )
-    start = time.perf_counter()
+    start = time.process_time()
     for text in texts:
         extract_math_answer(text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # ---- Comparison
