@@ -134,7 +134,7 @@ COMMITS = (
 TAKES_BACK = (
     r"{S} (?:is|was|can|could|would|must|should|does|do)(?: not|n't|not)\b",
     r"{S} (?:is|was)(?: \w+)? (?:incorrect|wrong|false|ruled out|eliminated|out|impossible)\b",
-    r"\b(?:rul(?:e|es|ed|ing)|eliminat(?:e|es|ed|ing)|exclude|discard|reject)(?: out)? {S}",
+    r"\b(?:rul(?:e|es|ed|ing)|eliminat(?:e|es|ed|ing)|exclude|discard|reject)(?: out)? {M}",
     r"(?:n't|not|cannot) be {M}",
 )
 HINTS = (
@@ -336,7 +336,7 @@ class _Reader:
             verb = _VERB.match(text, after)
             if further["letter"].islower() and letter.isupper():  # "B, a metal"
                 break
-            named = "," not in further["separator"] and further["letter"] not in "AI"
+            named = "," not in further["separator"] and further["letter"] not in "AaIi"
             if _ATTACHED.match(text, after) or not (verb or named or _ENDED.match(text, after)):
                 break
             separator = separator or further["separator"]
