@@ -230,7 +230,9 @@ class _Reader:
         clear = rf"(?=(?:the )?(?:option|choice|answer|letter)|[(\[]){mention}"
         self.mention = re.compile(mention, re.IGNORECASE)
         self.run = re.compile(f"[{choices}]{{2,}}")
-        self.delimited = re.compile(rf"(?<![\w'])[(\[]?([{choices}])([)\].:]| ?[-–—])(?=\s|$)")
+        # "… or B." ends a sentence, and begins no option
+        no_end = "".join(rf"(?<!\b{word} )" for word in ("or", "and", "is", "be", "not", "than", "with", "to"))
+        self.delimited = re.compile(rf"(?<![\w']){no_end}[(\[]?([{choices}])([)\].:]| ?[-–—])(?=\s|$)")
         self.option_line = re.compile(rf"^(?:[Oo]ption )?[(\[]?([{choices}])[)\].:]+(?=\s|$)", re.MULTILINE)
         self.further = re.compile(
             r"(?P<separator>,? ?(?:and\b|or\b|nor\b|[&/和与或、]) ?|, ?)(?:maybe |perhaps |possibly |also |even )?"
