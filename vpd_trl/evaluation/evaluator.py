@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any
 
@@ -311,9 +311,7 @@ def _versions(settings: dict[str, Any]) -> dict[str, str]:
     from .. import __version__
 
     found = {"vpd_trl": __version__}
-    for package in ("torch", "transformers", str(settings["model"].get("engine"))):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # an engine of the user's own
-            continue
+    for name in ("torch", "transformers", str(settings["model"].get("engine"))):
+        if number := getattr(sys.modules.get(name), "__version__", None):
+            found[name] = str(number)
     return found
