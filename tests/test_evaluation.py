@@ -527,6 +527,13 @@ def test_an_engine_that_returns_too_few_samples_is_refused():
         evaluation().run(engine, progress=False)
 
 
+def test_an_answer_that_is_no_string_is_refused_at_once():
+    engine = Digits()
+    with pytest.raises(TypeError, match="answer_fn must return a string or None; got int: 8"):
+        evaluation(answer_fn=lambda text: 8).run(engine, progress=False)
+    assert len(engine.asked) == 1, "not after all problems have been sampled"
+
+
 def test_columns_that_json_lacks_and_text_that_utf_8_lacks_are_saved(tmp_path):
     import datetime
 

@@ -126,8 +126,8 @@ class Evaluation:
             resume: Whether problems that are finished in `output_dir` are kept and not sampled again. If not, they are
                 overwritten.
             progress: Whether a progress bar is shown.
-            accelerator: For several processes. All must call this; each takes a share of the problems, the main one
-                writes the files, and all return the same.
+            accelerator: For several processes; make it before the engine, as it picks the process's device. All must
+                call this; each takes a share of the problems, the main one writes the files, and all return the same.
             trainer_state: Passed to the reward functions.
 
         Raises:
@@ -222,11 +222,18 @@ class Evaluation:
             prompt=json_value(row["prompt"]),
             completions=texts,
             scores=scores,
-            answers=None if self.answer_fn is None else [self.answer_fn(text) for text in texts],
+            answers=None if self.answer_fn is None else [self._answer(text) for text in texts],
             finished=[sample.finished for sample in samples],
             tokens=[len(sample.ids) for sample in samples],
             columns={column: json_value(row[column]) for column in self.save_columns},
         )
+
+    def _answer(self, text: str) -> str | None:
+        assert self.answer_fn is not None
+        answer = self.answer_fn(text)
+        if answer is not None and not isinstance(answer, str):
+            raise TypeError(f"answer_fn must return a string or None; got {type(answer).__name__}: {answer!r}.")
+        return answer
 
     def _scores(self, problems: Sequence[ProblemResult]) -> np.ndarray:
         """(P, k) scores, 0 where a sample was not scored."""
