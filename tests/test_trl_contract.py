@@ -31,6 +31,7 @@ HOOKS = [
     (Trainer._get_output_dir, "self trial"),
     (Trainer._push_from_checkpoint, "self checkpoint_folder"),
     (Trainer._load_best_model, "self"),
+    (Trainer.evaluate, "self eval_dataset ignore_keys metric_key_prefix"),
     (Trainer.save_model, "self output_dir _internal_call"),
     (Trainer.get_optimizer_cls_and_kwargs, "args model"),
     (utils.get_callable_name, "func"),
@@ -93,4 +94,4 @@ def test_the_trainer_has_the_attributes_that_this_library_reads(tmp_path):
 
 def test_the_trainer_takes_what_grpotrainer_takes_in_its_order():
     ours, theirs = (list(inspect.signature(c.__init__).parameters) for c in (VPDTrainer, GRPOTrainer))
-    assert ours == [*theirs, "feedback_fn", "teacher_peft_config"]
+    assert ours == [*theirs, "feedback_fn", "teacher_peft_config", "evaluation"]

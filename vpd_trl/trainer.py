@@ -23,6 +23,7 @@ from .annotate import Annotation, Annotator
 from .batch import Batch
 from .config import VPDConfig
 from .e_step import EStep
+from .evaluation.training import Evaluations, TrainingEvaluation
 from .feedback import FeedbackFn
 from .feedback.collect import FeedbackCollector
 from .m_step import MStep
@@ -97,6 +98,9 @@ class VPDTrainer(GRPOTrainer):
             Needed unless `method="grpo"`, which makes no use of it.
         teacher_peft_config ([`~peft.LoraConfig`], *optional*):
             The teacher's own adapter with `teacher="lora"`. `None`: rank 16, α 32 on every linear layer.
+        evaluation ([`~evaluation.Evaluation`] or `dict` of them, *optional*):
+            Runs on the student whenever the trainer evaluates, with or without an `eval_dataset`. Its metrics are
+            called `eval_avg@16` and so on, with the name of each of several in between: `eval_name_avg@16`.
 
     Raises:
         ValueError, TypeError:
@@ -109,6 +113,7 @@ class VPDTrainer(GRPOTrainer):
     #   _calculate_rewards, _generate_and_score_completions   the rollouts' feedback
     #   get_batch_samples, _prepare_inputs                     when rollouts are collected
     #   _compute_loss, training_step                           the M-step
+    #   evaluate                                               evaluations beside TRL's own
     #   _get_train_sampler, save_model, _save_checkpoint, _push_from_checkpoint,
     #   _load_optimizer_and_scheduler, _load_best_model        state
 
@@ -143,6 +148,7 @@ class VPDTrainer(GRPOTrainer):
         environment_factory: Any = None,
         feedback_fn: FeedbackFn | Sequence[FeedbackFn] | None = None,
         teacher_peft_config: PeftConfig | None = None,
+        evaluation: Evaluations | None = None,
     ) -> None:
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -165,7 +171,8 @@ class VPDTrainer(GRPOTrainer):
             reward_funcs=reward_funcs,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            # No data sets are not None: transformers evaluates then, and finds nothing to do itself
+            eval_dataset={} if eval_dataset is None and evaluation is not None else eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
@@ -180,6 +187,7 @@ class VPDTrainer(GRPOTrainer):
         self._init_state()
         if self.parts.uses_feedback:
             self._init_distillation(teacher_peft_config)
+        self.evaluation = None if evaluation is None else TrainingEvaluation(self, evaluation)
 
     def _init_state(self) -> None:
         # How far training is; all of it is saved in checkpoints
@@ -331,6 +339,16 @@ class VPDTrainer(GRPOTrainer):
         if self.kl_weight:
             terms.append(self.kl_weight * self.m_step.loss(model, inputs))
         return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+    # ---- Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and self.evaluation is not None:  # not for each of several data sets
+            metrics |= self.evaluation(metric_key_prefix)
+        return metrics
 
     # ---- Metrics
 
