@@ -71,8 +71,7 @@ class VPDConfig(GRPOConfig):
         teacher_adapter_decay (`float`, *optional*, defaults to `0.1`):
             Share in [0, 1) of the `"lora"` teacher's adapter that fades after each rollout batch. The M-step moves the
             student to the teacher, which is the student and the adapter: without a decay what the student has taken
-            over counts twice, and the teacher runs ahead of it (measured in examples/paper_in_miniature). It fades
-            whether or not there was an E-step.
+            over counts twice, and the teacher runs ahead of it. It fades whether or not there was an E-step.
         save_teacher_adapter (`bool`, *optional*, defaults to `True`):
             Whether `save_model` writes the `"lora"` teacher's adapter to `teacher/adapter` beside the model, and a
             push to the Hub takes it along. Checkpoints hold what resuming needs in any case.
@@ -266,6 +265,15 @@ class VPDConfig(GRPOConfig):
                 f"teacher='lora' has an adapter that only an E-step trains, and method={self.method!r} has none; use "
                 "method='vpd', or teacher='shared' or 'ema'."
             )
+        self._check_numbers()
+        if self.teacher_template is not None:
+            check_template(
+                "teacher_template", self.teacher_template, needs=("prompt",), one_of=("solution", "critique")
+            )
+        check_template("solution_template", self.solution_template, needs=("solution",))
+        check_template("critique_template", self.critique_template, needs=("critique",))
+
+    def _check_numbers(self) -> None:
         self._check_number("success_threshold", "a finite number", lambda x: abs(x) != float("inf"))
         self._check_number(
             "teacher_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"), optional=True
@@ -287,13 +295,6 @@ class VPDConfig(GRPOConfig):
             )
         self._check_number("advantage_mix", "a number in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_number("advantage_weight_clip", "a number in (0, 1]", lambda x: 0 < x <= 1)
-
-        if self.teacher_template is not None:
-            check_template(
-                "teacher_template", self.teacher_template, needs=("prompt",), one_of=("solution", "critique")
-            )
-        check_template("solution_template", self.solution_template, needs=("solution",))
-        check_template("critique_template", self.critique_template, needs=("critique",))
 
     def _check_number(self, name: str, allowed: str, valid: Any, *, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -71,12 +71,12 @@ class MStep:
         log_ratio = self.trainer.scorer.reduce(on_mask(teacher_logps, mask), on_mask(student_logps, mask), mask)
         self._means.add_by_outcome(log_ratio, outcome, mask.any(-1))
         # What of a success the M-step takes back: its target against the student, on tokens that the student is sure of
-        target_logps = sharpened_logps(teacher_logps, self.args.target_temperature)
+        taken = sharpened_logps(teacher_logps, self.args.target_temperature) - student_logps
         success = (outcome == 1).unsqueeze(-1).expand_as(mask)[mask]
         ends = torch.isin(batch["completion_ids"][mask], torch.tensor(self.trainer.eos_token_ids, device=mask.device))
         self._means.add("ended", on_mask(ends.float(), mask).any(-1).float(), mask.any(-1))
-        for name, tokens in (("confident", student_logps > CONFIDENT), ("end", ends)):
-            self._means.add(f"teacher/log_ratio_{name}", target_logps - student_logps, success & tokens)
+        self._means.add("teacher/log_ratio_confident", taken, success & (student_logps > CONFIDENT))
+        self._means.add("teacher/log_ratio_end", taken, success & ends)
 
     def log(self) -> None:
         """Record the metrics of an optimizer step; all processes take part."""

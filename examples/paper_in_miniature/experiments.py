@@ -231,16 +231,17 @@ REMEDIES: dict[str, tuple[System, Overrides, tuple[float, ...]]] = {
 }
 
 
+STABILITY_ROWS = [
+    (name, feedback, rate)
+    for feedback in ("environment", "siblings")
+    for name, (_, _, rates) in REMEDIES.items()
+    for rate in rates
+]
+
+
 def stability(tuned: Tuned) -> list[Cell]:
     """Both kinds of feedback at rising learning rates, whatever was tuned."""
-    return evenly(
-        *(
-            stable(name, feedback, rate)
-            for feedback in ("environment", "siblings")
-            for name, (_, _, rates) in REMEDIES.items()
-            for rate in rates
-        )
-    )
+    return evenly(*(stable(*row) for row in STABILITY_ROWS))
 
 
 def stable(name: str, feedback: str, rate: float) -> Iterator[Cell]:

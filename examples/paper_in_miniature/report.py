@@ -18,15 +18,7 @@ from statistics import median
 from typing import Any
 
 from . import experiments, grid, plots
-from .experiments import (
-    GRPO,
-    SDPO_SHARP,
-    SYSTEMS,
-    VPD,
-    VPD_LORA,
-    System,
-    Tuned,
-)
+from .experiments import GRPO, SDPO_SHARP, SYSTEMS, VPD, VPD_LORA, System, Tuned
 from .finished import RESULTS, Runs, collapsed, course, held_out, load, made
 from .run import Cell
 from .statistics import Estimate, average, estimate
@@ -126,7 +118,7 @@ def tables(tuned: Tuned) -> list[Table]:
         cold_start(tuned),
         rigid(tuned),
         lora_teacher(tuned),
-        stability(tuned),
+        stability(),
     ]
 
 
@@ -188,13 +180,11 @@ def rigid(tuned: Tuned) -> Table:
     return Table("rigid", "A chain of which feedback makes up all but the end", rows, pairs, (RIGID,))
 
 
-def stability(tuned: Tuned) -> Table:
-    rows = []
-    for feedback in ("environment", "siblings"):
-        for name, (_, _, rates) in experiments.REMEDIES.items():
-            for rate in rates:
-                label = f"{feedback}: {name}, {rate:g}"
-                rows.append(Row(label, list(experiments.stable(name, feedback, rate))))
+def stability() -> Table:
+    rows = [
+        Row(f"{feedback}: {name}, {rate:g}", list(experiments.stable(name, feedback, rate)))
+        for name, feedback, rate in experiments.STABILITY_ROWS
+    ]
     pairs = [
         (f"{feedback}: sharpened target, {rate:g}", f"{feedback}: as in the paper, {rate:g}")
         for feedback in ("environment", "siblings")
@@ -209,8 +199,8 @@ def warnings(runs: Runs) -> str:
         "| | runs | fell | warned before | steps ahead, median | warned, did not fall |",
         "|---|---|---|---|---|---|",
     ]
-    for name, (_, _, rates) in experiments.REMEDIES.items():
-        cells = [c for f in ("environment", "siblings") for rate in rates for c in experiments.stable(name, f, rate)]
+    for name in experiments.REMEDIES:
+        cells = [c for row in experiments.STABILITY_ROWS if row[0] == name for c in experiments.stable(*row)]
         # Runs of earlier versions lack the metric
         there = [run for _, run in made(cells, runs) if "teacher/log_ratio_end" in run["history"]]
         courses = [course(run) for run in there]
@@ -223,12 +213,13 @@ def warnings(runs: Runs) -> str:
     return "\n".join(lines) if len(lines) > 2 else "Not run yet."
 
 
-def comparison(runs: Runs, tuned: Tuned) -> str:
+def comparison(*summaries: dict[str, Any]) -> str:
     """The averages of tables 1 and 2 beside each other, for the project's first page."""
     lines = ["| held-out accuracy, % | environment feedback, sparse rewards | siblings |", "|---|---|---|"]
-    summaries = [t.summary(runs)["rows"] for t in tables(tuned)[:2]]
     for label in ("Base model", *(s.name for s in SYSTEMS)):
-        lines.append(f"| {label} | " + " | ".join(str(Estimate(**s[label]["average"])) for s in summaries) + " |")
+        lines.append(
+            f"| {label} | " + " | ".join(str(Estimate(**s["rows"][label]["average"])) for s in summaries) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -245,9 +236,9 @@ def write_page(page: Path, parts: dict[str, str]) -> None:
 
 def main() -> None:
     runs, tuned = load(), grid.read_tuned()
-    parts = {}
+    parts, summaries = {}, {}
     for table in tables(tuned):
-        summary = table.summary(runs)
+        summary = summaries[table.name] = table.summary(runs)
         (RESULTS / f"{table.name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         parts[table.name] = markdown(summary)
         print(f"\n{table.caption}\n{parts[table.name]}")
@@ -255,7 +246,7 @@ def main() -> None:
     for name, caption in plots.draw_all(runs, tuned, RESULTS).items():
         parts[name] = f"![{caption}](results/{name}.png)" if caption else "Not run yet."
     write_page(PAGE, parts)
-    write_page(FRONT_PAGE, {"miniature-table": comparison(runs, tuned)})
+    write_page(FRONT_PAGE, {"miniature-table": comparison(summaries["table_1"], summaries["table_2"])})
 
 
 if __name__ == "__main__":
