@@ -8,14 +8,16 @@ process 1 there, which can't be killed or stopped from inside.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import select
 import sys
 import time
 
 from .plain import decode, encode
 from .processes import cpu_seconds, end_all, others, resident_bytes
-from .syscalls import refuse_calls
+from .syscalls import call_filter
 from .worker import receive, run_call, run_checks, run_script, send, serve_calls
 
 
@@ -124,6 +126,7 @@ class Supervisor:
         self.control = control
         self.job = job
         self.limits = job["limits"]
+        self.refuse_calls = call_filter()
 
     def run(self, test: dict[str, Any]) -> dict[str, Any]:
         """Run a test and return its status, output (bytes), message and seconds."""
@@ -199,15 +202,13 @@ class Supervisor:
                 os.setsid()
                 _take_files(files)
                 self._limit()
-                refuse_calls()
+                self.refuse_calls()
                 leave(work())
             except BaseException:
                 leave(1)
         return pid
 
     def _limit(self) -> None:
-        import resource
-
         def limit(name: str, value: int) -> None:
             try:
                 kind = getattr(resource, name)
@@ -344,6 +345,4 @@ def _take_files(files: list[int]) -> None:
 
 
 def _dup_above(fd: int, least: int) -> int:
-    import fcntl
-
     return fcntl.fcntl(fd, fcntl.F_DUPFD, least)
