@@ -85,6 +85,7 @@ ANSWERS = [
     ("maybe 42, maybe 7", None),
     ("The answer is maybe 42", None),
     ("The answer is not 42.", None),
+    ("The answer isn't 42.", None),
     ("The answer is 3 or 4.", None),
     ("The answer is 5 million.", None),
     ("The answer is between 3 and 4.", None),
@@ -167,6 +168,7 @@ DIFFERENT = [
     ("12345678901234567890", "12345678901234567891"),
     ("north", "south"),
     ("north", "thorn"),
+    ("south", "shout"),
     ("north", "5"),
     ("5", r"\text{north}"),
     ("5", r"\frac{1}{"),
@@ -332,7 +334,7 @@ def test_an_endless_computation_costs_its_own_reward_alone(hasty):
         completions=completions, answer=["5"] * 6, log_metric=lambda name, v: metrics.setdefault(name, []).append(v)
     )
     assert got == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 60
     assert metrics["rewards/math_reward/timed_out"] == [0.0, 1.0, 0.0, 1.0, 0.0, 0.0]
     assert hasty(completions=[boxed(5)], answer=["5"]) == [1.0], "its processes were replaced"
 
@@ -356,6 +358,7 @@ def test_a_process_cannot_take_more_memory_than_it_may():
         class Bloated:
             def can_be_compared(self, gold): return True
             def equal(self, gold, answer):
+                print("noise")
                 if answer == "big":
                     bytearray(2**30)
                 return True
@@ -387,7 +390,7 @@ def test_when_the_batchs_time_is_over_the_rest_gets_no_reward():
     got = reward(completions=completions, answer=["5"] * 10)
     assert got[:2] == [0.0, 0.0]
     assert got[-3:] == [None] * 3
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - start < 60
 
 
 @POSIX
@@ -410,7 +413,7 @@ def test_a_process_that_was_stopped_is_not_waited_for():
     os.kill(processes(reward)[0].pid, signal.SIGSTOP)
     start = time.perf_counter()
     assert reward(completions=[boxed("10/2"), boxed(5.0)], answer=["5", "5"]) == [0.0, 1.0]
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - start < 60
 
 
 @pytest.mark.slow
@@ -472,7 +475,7 @@ def test_it_can_be_interrupted_and_used_again():
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         reward(completions=[ENDLESS, boxed(6)], answer=["5", "5"])
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 40
     assert reward(completions=[boxed(5.0)], answer=["5"]) == [1.0]
 
 
@@ -566,8 +569,10 @@ def test_the_same_answer_is_compared_once(reward, monkeypatch):
         WorkerPool, "run", lambda self, requests, *rest: asked.extend(requests) or run(self, requests, *rest)
     )
     assert reward(completions=[boxed(r"\frac{8}{2}")] * 16, answer=["4"] * 8 + ["9"] * 8) == [1.0] * 8 + [0.0] * 8
-    assert reward(completions=[boxed(r"\frac{8}{2}")] * 16, answer=["4"] * 16) == [1.0] * 16
-    assert sorted(len(request) for request in asked) == [1, 1, 2, 2, 2], "two references once, and three pairs"
+    assert sorted(len(request) for request in asked) == [1, 1, 2, 2], "two references once, and a pair with each"
+    asked.clear()
+    assert reward(completions=[boxed("$9/8$")] * 4, answer=["9/8"] * 4) == [1.0] * 4
+    assert asked == [{"gold": "9/8"}], "the same text is equal"
 
 
 # ---- When it can't work

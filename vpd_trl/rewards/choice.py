@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..text import strip_thinking
-from .choice_text import TAG, settled_choice
-from .inputs import answer_texts, check_reward_arguments, is_missing, reference_answers
+from .choice_text import settled_choice
+from .inputs import ANSWER_TAG, answer_texts, check_reward_arguments, is_missing, reference_answers
 
 
 _REFERENCE = re.compile(r"\(?([A-Za-z])[).:]?")
@@ -21,8 +21,8 @@ def extract_choice(text: str, choices: str | Sequence[str] = "ABCD", *, strict: 
     The last commitment counts: "the answer is B", "Answer: B", "I'd go with B", "B is the best choice", a box
     (`\\boxed{B}`), an `<answer>` tag. Without any, hints count, as long as they agree: "B is correct", "it's B", a
     first or last line that is only "B" or "B) copper". Negations, suppositions, questions, several choices at once
-    ("A or C") and lists of the options settle nothing, and a letter in words ("vitamin C", "a car") is no choice. Where
-    a text is unclear, no choice is found rather than a wrong one. Words are read in English, and the commonest
+    ("A or C") and lists of the options settle nothing, and a letter in words ("vitamin C", "a car") is no choice.
+    Where a text is unclear, no choice is found rather than a wrong one. Words are read in English, and the commonest
     statements in Chinese. Thinking (`<think>…</think>`) is not read.
 
     Args:
@@ -40,7 +40,7 @@ def extract_choice(text: str, choices: str | Sequence[str] = "ABCD", *, strict: 
     text = strip_thinking(text)
     if not strict:
         return settled_choice(text, letters)
-    answers = TAG.findall(text)
+    answers = ANSWER_TAG.findall(text)
     answer = answers[-1].strip() if answers else ""
     return answer if len(answer) == 1 and answer in letters else None
 

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from .inputs import ANSWER_TAG
+
 
 # Letters and digits go on with a word, but for scripts written without spaces: in "选B因为" the B stands alone
 _WORD = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _LATEX_STYLE = re.compile(r"\\(?:text|math|emph)(?:bf|rm|sf|it|tt|up|normal)?\s*\{([^{}]*)\}")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _MARKUP: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"<\|[^|<>]*\|>|\\[()\[\],;! ]|\\(?:left|right)(?![a-z])"), " "),
     (re.compile(r"</?(?:b|i|u|em|strong|code)>"), ""),
@@ -104,17 +105,19 @@ _PICKED = (
 )
 _CHOOSING = (
     r"(?:choose|chose|select|selected|pick|picked|choosing|selecting|go with|going with|go for|going for|opt for|"
-    r"settle on|say|guess|think|believe|answer|vote for|conclude|stick with|lean towards?)"
+    r"settle on|say|guess|think|believe|answer|vote for|conclude|stick with|lean towards?|leaning towards?)"
 )
 # "We choose A as the origin"
 _NO_ROLE = rf"(?! as (?:the|an?|our|my) (?!(?:{_GOOD} )*(?:answer|choice|option)\b))"
 
 COMMITS = (
     rf"\b{_PICKED}{_ABOUT}{_COPULA}{_SURELY} ?\n?{{M}}",
-    r"\b(?:answer|ans|choice|option|selection|pick|guess)\"?(?: to (?:the|this) question)?(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
+    r"\b(?:answer|ans|choice|option|selection|pick|guess|response)\"?(?: to (?:the|this) question)?"
+    r"(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
     r"(?:^|\n)(?:(?:my|the|final|correct) )*answer\n{M}",
     r"\b(?:answer|option|choice), {M}(?=,)",
     r"\bans\. {M}",
+    r"(?:^|[.;:\n] ?)(?:(?:my|the|final|correct) )*answer (?=[(\[]){M}(?=[.\n]|$)",
     # "The answer is 5 m, which is option B"
     rf"\b{_PICKED}{_ABOUT}{_COPULA} (?!not\b)[^.,!?\n()]{{1,80}}?(?:,? (?:which is|that is,?|i\.e\.,?|namely,?))? ?"
     r"\(?{N}",
@@ -146,7 +149,8 @@ HINTS = (
     r"\b(?:leaves?|leaving)(?: us)?(?: with)?(?: only)? {M}",
     r"\bonly {S} (?!(?:is|was|does|do|can|could|has)(?:n't|not| not)?\b)\w",
     r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
-    r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)? (?:right|correct|best|plausible|likely|reasonable)\b",
+    r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)?"
+    r" (?:right|correct|best|plausible|likely|reasonable)\b",
     r"\b(?:best|correctly|most \w+) \w+ by {N}",
     r"\((?=(?:option|choice|answer)\b){M}[.!]?\Z",
     r"(?:^|\n|[.;] ?){M} ?[:.)–-] ?(?:this is |it is |it's )?(?:the )?(?:correct|right)\b",
@@ -225,7 +229,7 @@ class _Reader:
         self.choices = choices
         letters = f"[{choices}{choices.lower()}]"
         open_, close = r"(?P<open>[(\[{\"'])?", r"(?P<close>[)\]}\"'])?"
-        named = r"(?:the )?(?P<named>(?:option|choice|answer|letter|alternative) )"
+        named = r"(?:the )?(?P<named>(?:answer )?(?:option|choice|answer|letter|alternative) )"
         mention = rf"(?:{named})?{open_}(?P<letter>{letters}){close}"
         clear = rf"(?=(?:the )?(?:option|choice|answer|letter)|[(\[]){mention}"
         self.mention = re.compile(mention, re.IGNORECASE)
@@ -258,7 +262,7 @@ class _Reader:
                 event = self._event(text, match, kind)
                 if event is not None:
                     yield event
-        for tag in TAG.finditer(text):
+        for tag in ANSWER_TAG.finditer(text):
             content = tag[1].strip()
             mention = self.mention.match(content)
             if self.run.fullmatch(content) or (mention and self._several(content, mention)):

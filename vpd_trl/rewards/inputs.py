@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..text import THINK_OPEN, completion_text, strip_thinking
+
+
+ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 def check_reward_arguments(answer_column: Any, name: Any, **switches: Any) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 
+from .inputs import ANSWER_TAG
+
 
 LONGEST_ANSWER = 2000  # characters; more is no answer, but something else
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _PLACEHOLDER = re.compile(
-    r"(?:\\(?:text|mathrm)\s*\{)?\s*(?:\.{3}|…|\\[lc]?dots|(?:your |the |final )*answer)?\s*\}?\.?", re.I
+    r"(?:\\(?:text|mathrm)\s*\{)?\s*(?:\.{3}|…|\\[lc]?dots|(?:your |the |final )*answer)?\s*\}?\.?", re.IGNORECASE
 )
-_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _ANCHOR = re.compile(
-    r"(?:\banswer(?: to (?:the|this) (?:question|problem))?[*_]*(?: is| was| would be| equals)?(?:\s*[:=])?(?<!answer)|####)[*_]*\s*",
+    r"(?:\banswer(?: to (?:the|this) (?:question|problem))?[*_]*(?: (?:is|was|would be|equals)\b)?(?:\s*[:=])?"
+    r"(?<!answer)|####)[*_]*\s*",  # with something behind the word
     re.IGNORECASE,
 )
 _FILLER = re.compile(
-    r"(?:(?:about|approximately|roughly|simply|just|exactly|equal to|therefore|thus|hence|then|indeed|clearly|now|given by|"
-    r"[*_:,])+\s*)+",
+    r"(?:(?:about|approximately|roughly|simply|just|exactly|equal to|therefore|thus|hence|then|indeed|clearly|now|"
+    r"given by|[*_:,])+\s*)+",
     re.IGNORECASE,
 )
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -57,7 +59,7 @@ def find_answer(text: str, *, strict: bool) -> str | None:
         return _last_box(text)
     if strict:
         return None
-    tags = _TAG.findall(text)
+    tags = ANSWER_TAG.findall(text)
     if tags:
         return _short(tags[-1]) and (_whole(tags[-1]) or tags[-1].strip())
     anchors = list(_ANCHOR.finditer(text))

@@ -27,9 +27,9 @@ def extract_math_answer(text: str, *, strict: bool = False) -> str | None:
     The answer that a text states, as it stands there, or `None`.
 
     It is the content of the last `\boxed{…}` or `\fbox{…}` that is not empty. A last box that isn't closed is no
-    answer: the text was cut off there. Without any box, unless `strict`, it is the last `<answer>…</answer>`, else what
-    stands behind the last "the answer is", "Answer:" or "####", up to the first word, else the text itself if that is
-    nothing but an expression on one line. Thinking (`<think>…</think>`) is not read.
+    answer: the text was cut off there. Without any box, unless `strict`, it is the last `<answer>…</answer>`, else
+    what stands behind the last "the answer is", "Answer:" or "####", up to the first word, else the text itself if
+    that is nothing but an expression on one line. Thinking (`<think>…</think>`) is not read.
 
     Args:
         text (`str`):
@@ -44,8 +44,8 @@ class MathReward:
     r"""
     Reward of mathematics: 1 if the completion's answer equals the reference, else 0. `math_reward` is `MathReward()`.
 
-    [`extract_math_answer`] finds the answer; [math-verify](https://github.com/huggingface/Math-Verify) compares it with
-    the reference: 1/2 equals 0.5, \frac12 and 50\%, sets have no order, tuples have one, units are left out. Answers
+    [`extract_math_answer`] finds the answer; [math-verify](https://github.com/huggingface/Math-Verify) compares it
+    with the reference: 1/2 equals 0.5, \frac12 and 50\%, sets have no order, tuples have one, units are left out. Answers
     in words ("no solution") are compared as texts, case aside. math-verify runs in child processes, which start with
     the first call, are kept, and end with this one. An answer that takes more than `timeout` seconds or too much
     memory is worth 0, and its process is replaced; nothing else is lost. Signals and event loops are left alone, so
