@@ -20,9 +20,9 @@ EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 
 
 def careless_reward(completion_ids, **kwargs):
-    """Draws from every random state there is."""
-    random.random(), np.random.rand(), torch.rand(1)
-    return [float(sum(ids) % 2) for ids in completion_ids]
+    """Draws from every random state there is, and what it returns depends on each."""
+    drawn = random.getrandbits(1) + np.random.randint(2) + int(torch.randint(2, ()))
+    return [float((sum(ids) + drawn) % 2) for ids in completion_ids]
 
 
 def at_step(scores):
@@ -30,7 +30,7 @@ def at_step(scores):
     return lambda completions, trainer_state, **kwargs: [scores[trainer_state.global_step]] * len(completions)
 
 
-def evaluation(reward=careless_reward, n=5, **changes):
+def evaluation(reward=tiny.parity_reward, n=5, **changes):
     return Evaluation(tiny.dataset(n, conversational=True), reward, **{"k": 3, "sampling": SHORT, **changes})
 
 
@@ -54,9 +54,13 @@ RUNS = {
 @pytest.mark.parametrize("kind", RUNS)
 def test_training_with_and_without_evaluation_is_the_same_to_the_bit(tmp_path, tokenizer, kind):
     changes, runs = RUNS[kind], []
-    for name, extra in (("without", {}), ("with", {"evaluation": evaluation(), "eval_on_start": True, **EVERY_STEP})):
+    for name, extra in (
+        ("without", {}),
+        ("with", {"evaluation": evaluation(careless_reward), "eval_on_start": True, **EVERY_STEP}),
+    ):
         model = tiny.model(tokenizer, attention_dropout=0.2)  # so that training draws in its forward passes too
-        trainer = tiny.trainer(tmp_path / name, tok=tokenizer, mdl=model, max_steps=4, **changes, **extra)
+        extra = {"reward_funcs": careless_reward, "max_steps": 4, **changes, **extra}
+        trainer = tiny.trainer(tmp_path / name, tok=tokenizer, mdl=model, **extra)
         trainer.train()
         runs.append(trainer)
     without, with_evaluation = runs

@@ -151,7 +151,7 @@ class TransformersEngine:
         """The ids of one completion per prompt (B), and whether the model ended it."""
         ends, pad = end_tokens(model, self.tokenizer), self.tokenizer.pad_token_id
         width, length = max(map(len, prompt_ids)), max(limits)
-        pad = ends[0] if pad is None else pad
+        pad = next(iter(ends), 0) if pad is None else pad
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompt_ids])
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
         config = GenerationConfig(
@@ -159,7 +159,7 @@ class TransformersEngine:
             max_new_tokens=length,
             repetition_penalty=sampling.repetition_penalty,
             pad_token_id=pad,
-            eos_token_id=ends,
+            eos_token_id=ends or None,
             disable_compile=True,
         )
         device = model.device
@@ -167,7 +167,7 @@ class TransformersEngine:
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
-            logits_processor=_processors(sampling, streams, width, length),
+            logits_processor=_processors(sampling, streams, width, length, device),
             stopping_criteria=StoppingCriteriaList([_Limits(width, torch.tensor(limits, device=device))]),
         )
         completions = output[:, width:].tolist()
@@ -175,8 +175,9 @@ class TransformersEngine:
 
 
 def _processors(
-    sampling: Sampling, streams: list[tuple[int, int]], width: int, length: int
+    sampling: Sampling, streams: list[tuple[int, int]], width: int, length: int, device: torch.device
 ) -> LogitsProcessorList | None:
+    """What turns logits into one token that is drawn, at most `length` times; `None` for the most likely token."""
     if sampling.temperature == 0:
         return None
     processors = LogitsProcessorList()
@@ -189,7 +190,9 @@ def _processors(
     if sampling.min_p:
         processors.append(MinPLogitsWarper(sampling.min_p))
     draws = np.stack([np.random.default_rng(stream).random(length) for stream in streams])
-    processors.append(_Draw(width, torch.from_numpy(draws)))
+    # A running sum over 100,000 tokens in float32 shifts probabilities, but Apple's devices have no float64
+    uniform = torch.from_numpy(draws).to(torch.float32 if device.type == "mps" else torch.float64)
+    processors.append(_Draw(width, uniform.to(device)))
     return processors
 
 
@@ -199,7 +202,7 @@ class _Draw(LogitsProcessor):
 
     Args:
         width: Tokens before the completion.
-        uniform: (B, T) numbers in [0, 1), one for each token to be drawn.
+        uniform: (B, T) numbers in [0, 1), one for each token to be drawn, in the precision to work in.
     """
 
     def __init__(self, width: int, uniform: torch.Tensor) -> None:
@@ -207,10 +210,8 @@ class _Draw(LogitsProcessor):
         self.uniform = uniform
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        # A running sum over 100,000 tokens in float32 would shift probabilities; some devices have no float64
-        dtype = torch.float32 if scores.device.type == "mps" else torch.float64
-        cumulative = scores.softmax(dim=-1, dtype=dtype).cumsum(dim=-1)
-        uniform = self.uniform[:, input_ids.size(1) - self.width, None].to(scores.device, dtype)
+        cumulative = scores.softmax(dim=-1, dtype=self.uniform.dtype).cumsum(dim=-1)
+        uniform = self.uniform[:, input_ids.size(1) - self.width, None]
         total = cumulative[:, -1:].contiguous()  # 1, up to rounding
         # The first token whose running sum is above the number, and at most the last one that has a probability
         tokens = torch.searchsorted(cumulative, uniform * total, right=True)
