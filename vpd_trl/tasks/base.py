@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from ..evaluation import Evaluation, Sampling
-from ..feedback import FeedbackFn, SelfCritiqueFeedback, SiblingFeedback
+from ..feedback import SelfCritiqueFeedback, SiblingFeedback
 
 
 FEEDBACK_SOURCES = ("environment", "siblings", "self_critique")
@@ -69,7 +69,7 @@ class Task(ABC):
         """The reward functions, in TRL's form. Each success must be worth at least `success_threshold`."""
 
     @property
-    def environment_feedback(self) -> FeedbackFn | None:
+    def environment_feedback(self) -> Callable | None:
         """The feedback function that speaks for the task's environment; `None` if it has nothing to say."""
         return None
 
@@ -78,7 +78,7 @@ class Task(ABC):
         """Finds the answer in a completion's text, for majority@k; `None` for tasks without short answers."""
         return None
 
-    def feedback(self, source: str | None = None) -> FeedbackFn:
+    def feedback(self, source: str | None = None) -> Callable:
         """
         The feedback function of a source.
 
