@@ -45,6 +45,7 @@ class Task(ABC):
         feedback_source: Where feedback comes from unless told otherwise: one of `"environment"`, `"siblings"` and
             `"self_critique"`.
         answer_column: The column with the reference answer, for self-critique; `None` if there is none.
+        saved_columns: The columns that an evaluation saves beside each problem's samples; `None`: all but the prompt.
     """
 
     name: ClassVar[str]
@@ -53,6 +54,7 @@ class Task(ABC):
     samples: int = 16
     feedback_source: str = "siblings"
     answer_column: str | None = "answer"
+    saved_columns: tuple[str, ...] | None = None
 
     @abstractmethod
     def load(self, split: str) -> Dataset:
@@ -139,7 +141,7 @@ class Task(ABC):
                 sampling=sampling,
                 answer_fn=self.answer_fn,
                 name=self.name if len(names) == 1 else split,
-                **options,
+                **{"save_columns": self.saved_columns, **options},
             )
         return evaluations[names[0]] if len(names) == 1 else evaluations
 

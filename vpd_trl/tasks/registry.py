@@ -13,7 +13,12 @@ from .base import Task
 
 
 # Module of this package and class; imported when asked for
-_TASKS: dict[str, tuple[str, str]] = {}
+_TASKS: dict[str, tuple[str, str]] = {
+    "humaneval": ("humaneval", "HumanEval"),
+    "livecodebench": ("livecodebench", "LiveCodeBench"),
+    "math": ("mathematics", "Mathematics"),
+    "sciknoweval": ("sciknoweval", "SciKnowEval"),
+}
 
 
 def task_names() -> list[str]:
