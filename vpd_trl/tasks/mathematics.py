@@ -113,7 +113,7 @@ def normal_answer(answer: str) -> str:
     if words is not None:
         return words
     text = normal_form(answer)
-    text = re.sub(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\\[,;:! ]|\$|~|\\quad", "", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\\[,;:! ]|\\?\$|~|\\quad", "", text)
     text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*\{\s*(\w+)\s*\}\s*\{\s*(\w+)\s*\}", r"\1/\2", text)

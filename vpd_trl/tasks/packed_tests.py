@@ -63,11 +63,11 @@ def unpack_tests(packed: str, most_bytes: int = MOST_BYTES) -> list[dict[str, st
 
 def _pickled_text(pickled: bytes) -> str:
     """The text that a pickle consists of, found without running it."""
-    texts = []
+    texts: list[str] = []
     try:
         for opcode, value, _ in pickletools.genops(pickled):
             if opcode.name in _TEXT:
-                texts.append(value)
+                texts.append(str(value))
             elif opcode.name not in _BESIDE_TEXT:
                 raise ValueError(f"it has the instruction {opcode.name}")
         if len(texts) != 1:
