@@ -18,7 +18,8 @@ MOST_BYTES = 512 << 20  # of one problem's tests, unpacked
 _TEXT = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _BESIDE_TEXT = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"}
 
-# What programs of such contests take for given; the starter code already speaks of List and Optional
+# What programs of such contests take for given, the starter code too, which speaks of List and Optional. No star on
+# `math`: its `pow` would take the place of the one that takes a modulus
 PREAMBLE = """\
 import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
 from bisect import *
@@ -26,7 +27,7 @@ from collections import *
 from functools import *
 from heapq import *
 from itertools import *
-from math import *
+from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, perm, pi, prod, sqrt
 from typing import *
 sys.setrecursionlimit(50_000)
 """

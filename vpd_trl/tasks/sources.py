@@ -46,13 +46,17 @@ class Source:
 
         Raises:
             FileNotFoundError: If there are no such files.
-            ValueError: If columns are missing, or both `path` and `revision` are given.
+            ValueError: If there are no rows, columns are missing, or both `path` and `revision` are given.
         """
         if path is not None and revision is not None:
             raise ValueError(f"revision ({revision!r}) is of the Hub's data set, so it can't go with path ({path}).")
         if path is not None:
             files = self._local_files(Path(path))
-            rows = load_dataset(FORMATS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+            form, names = FORMATS[files[0].suffix], [str(file) for file in files]
+            try:
+                rows = load_dataset(form, data_files=names, split="train")
+            except ValueError as error:  # of files without a single row
+                raise ValueError(f"No rows of {self.repo} can be read from {', '.join(names)}: {error}") from error
             return self._checked(rows, str(path))
         if self.file is not None:
             place = f"hf://datasets/{self.repo}{'' if revision is None else '@' + revision}/{self.file}"
