@@ -91,6 +91,15 @@ def test_what_is_no_task_is_refused(tmp_path):
         load_task(f"{tmp_path}/yours.py:Yours")
 
 
+def test_options_that_a_task_does_not_take_are_told_those_that_it_takes():
+    with pytest.raises(
+        TypeError, match=r"The task sciknoweval takes domain: 'str', strict.*missing a required argument"
+    ):
+        load_task("sciknoweval")
+    with pytest.raises(TypeError, match=r"The task humaneval takes train_share.*unexpected keyword argument 'domain'"):
+        load_task("humaneval", domain="biology")
+
+
 def test_importing_the_library_imports_no_task():
     code = (
         "import sys, vpd_trl; assert 'vpd_trl.tasks' not in sys.modules; import vpd_trl.tasks; "

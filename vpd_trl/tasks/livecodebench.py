@@ -34,6 +34,7 @@ SOURCE = Source(
     ),
 )
 LIMITS = Limits(cpu_seconds=6.0, memory=1 << 30)
+BATCH_SECONDS = 1800.0  # a program can have dozens of tests of up to 6 s
 FEATURES = Features(
     {
         "prompt": List({"role": Value("string"), "content": Value("string")}),
@@ -123,7 +124,7 @@ class LiveCodeBench(Task):
         Raises:
             SandboxUnavailable: If there is no such isolation here.
         """
-        return CodeRunner(Sandbox(isolation=self.isolation, limits=LIMITS))
+        return CodeRunner(Sandbox(isolation=self.isolation, limits=LIMITS, batch_seconds=BATCH_SECONDS))
 
     @cached_property
     def reward_funcs(self) -> Callable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,12 @@ def load_task(name: str, **options: Any) -> Task:
     found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise TypeError(f"{name} must be a subclass of vpd_trl.tasks.Task; got {found!r}.")
+    signature = inspect.signature(found)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        takes = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "no options"
+        raise TypeError(f"The task {name} takes {takes}: {error}.") from None
     return found(**options)
 
 
