@@ -574,6 +574,8 @@ def test_what_holds_no_tests_says_what_is_wrong(text, message):
 def test_a_problem_that_can_not_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="Problem abc400_a: The tests are neither JSON"):
         contests(tmp_path, contest(private_test_cases="no base64!")).load("train")
+    with pytest.raises(ValueError, match="Problem abc400_a: Expecting"):
+        contests(tmp_path / "metadata", contest(metadata="no json")).load("train")
 
 
 @pytest.mark.parametrize(

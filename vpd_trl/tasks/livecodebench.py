@@ -142,8 +142,8 @@ def _day(date: Any) -> str:
 
 
 def _problem(row: Mapping[str, Any], split: str) -> dict[str, Any]:
-    function = json.loads(row["metadata"] or "{}").get("func_name")
     try:
+        function = json.loads(row["metadata"] or "{}").get("func_name")
         public = unpack_tests(row["public_test_cases"])
         hidden = unpack_tests(row["private_test_cases"])
         if split == "train":
