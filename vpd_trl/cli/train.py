@@ -177,11 +177,11 @@ def _evaluated(trainer: VPDTrainer) -> bool:
 
 
 def _how_to_resume(arguments: Sequence[str], config: VPDConfig, step: int) -> str:
-    command = ["vpd-trl", "train", *arguments]
-    if "--resume" not in arguments:
-        command.append("--resume")
-    saved = Path(config.output_dir) / f"checkpoint-{step}"
-    return f"stopped after step {step}, saved {saved}. To go on: {shlex.join(command)}"
+    saved = f"stopped after step {step}, saved {Path(config.output_dir) / f'checkpoint-{step}'}."
+    if config.world_size > 1:
+        return f"{saved} To go on: the same command with --resume."
+    more = [] if "--resume" in arguments else ["--resume"]
+    return f"{saved} To go on: {shlex.join(['vpd-trl', 'train', *arguments, *more])}"
 
 
 def write_arguments(task_args: TaskArguments, config: VPDConfig, model_args: ModelConfig) -> None:
