@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> None:
     if not stop.stopped:
         _finish(trainer, task_args)
     main, step = trainer.accelerator.is_main_process, trainer.state.global_step
-    trainer.end()
+    trainer.accelerator.end_training()
     if stop.stopped:
         raise Interrupted(_how_to_resume(arguments, config, step) if main else "")
 
