@@ -56,20 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_traceback = True
     try:
         return _dispatch(arguments)
-    except UsageError as error:
-        code, text = BAD_USAGE, f"error: {error}"
-    except Interrupted as stop:
-        show_traceback = False
-        code, text = INTERRUPTED, str(stop)
-    except KeyboardInterrupt:
-        code, text = INTERRUPTED, "interrupted"
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
-    except Exception as error:
-        code, text = FAILED, f"error: {type(error).__name__}: {one_line(error)} (--traceback shows where)"
-    if show_traceback:
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:
+        if show_traceback and not isinstance(error, Interrupted):
+            traceback.print_exc()
+        code, text = _outcome(error, "" if show_traceback else " (--traceback shows where)")
     if text:
         print(f"vpd-trl: {_process()}{text}", file=sys.stderr, flush=True)
     return code
@@ -90,6 +83,17 @@ def _dispatch(arguments: list[str]) -> int:
         )
     importlib.import_module(f".{command}", __package__).run(rest)
     return 0
+
+
+def _outcome(error: BaseException, hint: str) -> tuple[int, str]:
+    """The exit code and what is said."""
+    if isinstance(error, UsageError):
+        return BAD_USAGE, f"error: {error}"
+    if isinstance(error, Interrupted):
+        return INTERRUPTED, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    return FAILED, f"error: {type(error).__name__}: {one_line(error)}{hint}"
 
 
 def _process() -> str:
