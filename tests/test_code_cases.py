@@ -3,6 +3,8 @@
 import contextlib
 import math
 import random
+import time
+import tracemalloc
 
 import pytest
 
@@ -87,6 +89,14 @@ def test_values_are_compared_by_what_was_expected(actual, expected, same):
     assert same_value(actual, expected) is same
 
 
+def test_a_long_output_that_is_almost_a_number_is_compared_at_once():
+    start = time.process_time()
+    for text in ("1" * 4_000_000 + "x", "-" + "1." * 2_000_000, "1" * 2_000_000 + "e" + "1" * 2_000_000):
+        assert not same_text(text, "3")
+        assert not same_text(text, "3.5")
+    assert time.process_time() - start < 5
+
+
 def test_the_tolerance_can_be_chosen():
     assert not same_text("0.33333", "0.3333333333")
     assert same_text("0.33333", "0.3333333333", tolerance=1e-4)
@@ -134,6 +144,36 @@ def test_subclasses_come_back_as_their_base():
     back = decode(encode([Number(4), Names(a=4), Items([4])]))
     assert back == [4, {"a": 4}, [4]]
     assert [type(item) for item in back] == [int, dict, list]
+
+
+@pytest.mark.parametrize("kind", ["set", "frozenset", "dict", "in a tuple"])
+def test_a_set_of_items_with_one_hash_is_refused_at_once(kind):
+    # A set of n such items takes n² steps, in which no other thread of the trainer runs
+    numbers = [b"i%x;" % (i * (2**61 - 1)) for i in range(200_000)]
+    items = [b"t1:" + number for number in numbers] if kind == "in a tuple" else numbers
+    tag = {"set": b"S", "frozenset": b"Z", "dict": b"d", "in a tuple": b"S"}[kind]
+    data = tag + b"%d:" % len(items) + b"".join(item + b"N" * (kind == "dict") for item in items)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="the same hash"):
+        decode(data)
+    assert time.process_time() - start < 5
+
+
+def test_sets_of_ordinary_items_come_back_however_many_they_are():
+    value = {(x, -y, str(x)) for x in range(99) for y in range(99)}
+    assert decode(encode(value)) == value
+    assert decode(encode(dict.fromkeys(range(-9_000, 9_000)))) == dict.fromkeys(range(-9_000, 9_000))
+
+
+def test_a_value_of_too_many_containers_is_refused_before_it_is_built():
+    data = b"l1000000:" + b"S0:" * 1_000_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="too many containers"):
+        decode(data, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert decode(encode([[1]] * 999), 1000) == [[1]] * 999
 
 
 def test_bytes_that_are_no_data_raise_nothing_but_a_value_error():

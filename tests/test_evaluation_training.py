@@ -3,6 +3,7 @@
 import json
 import random
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,41 @@ def at_step(scores):
 
 def evaluation(reward=tiny.parity_reward, n=5, **changes):
     return Evaluation(tiny.dataset(n, conversational=True), reward, **{"k": 3, "sampling": SHORT, **changes})
+
+
+@pytest.mark.parametrize(
+    ("sampling", "longest", "expected"),
+    [
+        (None, 5, 5),
+        (None, None, 8192),
+        (Sampling(max_new_tokens=6), 5, 6),
+        (Sampling(), 5, 8192),
+    ],
+)
+def test_samples_are_as_long_as_the_rollouts_at_most_unless_their_sampling_is_given(
+    tmp_path, tokenizer, sampling, longest, expected
+):
+    mine = evaluation(sampling=sampling)
+    trainer = tiny.trainer(
+        tmp_path, tok=tokenizer, evaluation={"a": mine}, max_completion_length=longest, **EVERY_STEP
+    )
+    assert trainer.evaluation.evaluations["a"].sampling == replace(sampling or Sampling(), max_new_tokens=expected)
+    assert mine.sampling == (sampling or Sampling()), "a script that uses the same object gets the paper's length"
+
+
+def test_the_length_that_was_used_is_in_the_saved_settings(tmp_path, tokenizer):
+    trainer = tiny.trainer(
+        tmp_path,
+        tok=tokenizer,
+        evaluation=evaluation(sampling=None),
+        max_completion_length=5,
+        max_steps=1,
+        **EVERY_STEP,
+    )
+    trainer.train()
+    assert 0 < logged(trainer, "eval_mean_tokens")[-1] <= 5
+    settings = json.loads((tmp_path / "evaluation" / "step-1" / "settings.json").read_text())
+    assert settings["sampling"]["max_new_tokens"] == 5
 
 
 def logged(trainer, name):

@@ -42,6 +42,59 @@ def test_every_metric_that_a_run_logs_is_in_the_readme(tmp_path):
     assert all(f"`{name}`" in README for name in ours), [n for n in ours if f"`{n}`" not in README]
 
 
+def test_the_rewards_example_gives_what_it_says():
+    pytest.importorskip("math_verify")
+    code = README.split("## Rewards")[1].split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    for line in filter(None, code.splitlines()):
+        call, _, value = line.partition("  # ")
+        if value:
+            assert eval(call, scope) == eval(value), line
+        else:
+            exec(call, scope)
+
+
+def test_the_evaluation_example_runs_from_a_script_and_within_training(tmp_path, tokenizer, monkeypatch, capsys):
+    code = README.split("## Evaluation")[1].split("```python\n")[1].split("```")[0]
+    tiny.model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1="}], "answer": "ABCD"[i % 4]} for i in range(3)]
+    scope: dict = {"test_set": rows}
+    code = code.replace('"Qwen/Qwen3-0.6B"', '"model"').replace("k=16", "k=16, sampling=short")
+    from vpd_trl.evaluation import Sampling
+
+    scope["short"] = Sampling(max_new_tokens=4)
+    exec(code, scope)
+    assert all(name in capsys.readouterr().out for name in ("avg@16",)), "the result is printed"
+    assert {"avg@16", "pass@1", "pass@16", "majority@16"} <= set(scope["result"].metrics)
+    assert (tmp_path / "results" / "qwen3" / "summary.json").exists()
+    trainer = tiny.trainer(
+        tmp_path / "run",
+        tok=tokenizer,
+        evaluation=scope["evaluation"],
+        max_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    logged = {name for row in trainer.state.log_history for name in row}
+    assert {"eval_avg@16", "eval_truncated", "eval_mean_tokens"} <= logged
+    assert all(f"| `{name}` |" in README for name in ("eval_truncated", "eval_mean_tokens"))
+
+
+def test_the_metrics_of_rewards_are_in_the_table():
+    pytest.importorskip("math_verify")
+    from vpd_trl.rewards import choice_reward, math_reward
+
+    for function, answer in ((choice_reward, "B"), (math_reward, "1")):
+        names: set[str] = set()
+        function(completions=[answer], answer=[answer], log_metric=lambda name, value: names.add(name))  # noqa: B023
+        assert names
+        for name in names:
+            assert f"| `{name.replace(function.__name__, '{name}')}` |" in README
+
+
 def test_the_quick_start_runs(tmp_path, tokenizer, monkeypatch):
     code = README.split("## Quick start")[1].split("```python\n")[1].split("```")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12

@@ -2,10 +2,13 @@
 
 import copy
 import importlib.util
+import inspect
+import marshal
 import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -16,10 +19,12 @@ import tempfile
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import vpd_trl.sandbox
 from vpd_trl.sandbox import (
     CallTest,
     CheckTest,
@@ -41,6 +46,9 @@ filtered = pytest.mark.skipif(
 )
 
 
+attack = pytest.mark.attack  # with the row of the table in the package's docstring that the test stands for
+
+
 def make(level, **kwargs):
     try:
         return Sandbox(isolation=level, **({"limits": LIMITS} | kwargs))
@@ -56,7 +64,7 @@ def sandbox(request):
 @pytest.fixture(params=["as it is", "in a user namespace"], scope="module")
 def bubblewrap(request):
     """The level in both its forms: root needs no user namespace, and another user has no other choice."""
-    sandbox = make("bubblewrap")
+    sandbox = make("bubblewrap", max_workers=4)
     if request.param == "as it is":
         return sandbox
     if sandbox._how.user_namespace:
@@ -65,6 +73,19 @@ def bubblewrap(request):
     result = sandbox.run([("print(3)", CodeTests([StdinTest("", "3")]))])[0]
     if not result.passed:
         pytest.skip(f"user namespaces can't be had here: {result}")
+    return sandbox
+
+
+@pytest.fixture(params=["bubblewrap", "bubblewrap in a user namespace", "limits"], scope="module")
+def sandbox_of_a_user(request):
+    """Both levels, without the case that programs are root."""
+    sandbox = make(request.param.split()[0])
+    if "namespace" in request.param:
+        sandbox._how = find_isolation("bubblewrap")[-1]
+        if not sandbox.run([("print(3)", CodeTests([StdinTest("", "3")]))])[0].passed:
+            pytest.skip("user namespaces can't be had here")
+    elif os.geteuid() == 0 and not sandbox._how.change_user:
+        pytest.skip("programs are root here")
     return sandbox
 
 
@@ -275,6 +296,7 @@ def test_a_value_that_is_no_plain_data_is_an_error(sandbox):
 @pytest.mark.parametrize(
     "ignore", ["", "for k in range(1, 65):\n    try: signal.signal(k, signal.SIG_IGN)\n    except Exception: pass\n"]
 )
+@attack("a loop that catches every exception and signal, sleeping threads")
 def test_a_loop_that_catches_everything_ends_at_the_time_limit(sandbox, ignore):
     program = f"import signal\n{ignore}while True:\n    try:\n        while True: pass\n    except BaseException: pass"
     start = time.monotonic()
@@ -290,14 +312,20 @@ def test_the_time_limit_holds_outside_the_main_thread(sandbox):
     assert [result.status for result in results] == [Status.TIMEOUT]
 
 
-def test_sleep_ends_at_the_wall_clock_limit_and_is_no_processor_time():
-    for level in ("bubblewrap", "limits"):
-        sandbox = make(level, limits=Limits(cpu_seconds=0.5, seconds=4.0))
-        thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
-        assert script(sandbox, thread).status is Status.TIMEOUT
-        assert script(sandbox, "import time\ntime.sleep(1)").status is Status.PASSED
+@pytest.mark.parametrize("level", ["bubblewrap", "limits"])
+def test_sleep_ends_at_the_wall_clock_limit_and_is_no_processor_time(level):
+    waits = [
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()",
+        "import os\nos.kill(os.getpid(), 19)",  # SIGSTOP
+    ]
+    tests = CodeTests([StdinTest("", "")])
+    outcomes = make(level, limits=Limits(seconds=1.5)).run([(program, tests) for program in waits])
+    assert [outcome.status for outcome in outcomes] == [Status.TIMEOUT] * 2
+    patient = make(level, limits=Limits(cpu_seconds=0.4))
+    assert script(patient, "import time\ntime.sleep(0.8)").status is Status.PASSED
 
 
+@attack("a fork bomb")
 def test_a_fork_bomb_is_stopped_and_leaves_no_process(sandbox):
     # At most 512 processes if the limit does not hold
     bomb = "import os\nfor _ in range(9):\n    os.fork()\nos.execv('/bin/sleep', ['sleep', '987.0625'])"
@@ -308,6 +336,7 @@ def test_a_fork_bomb_is_stopped_and_leaves_no_process(sandbox):
     assert await_end_of("987.0625")
 
 
+@attack("a fork bomb")
 def test_the_kernel_gives_a_program_no_more_processes_than_the_limit(bubblewrap, monkeypatch):
     if bubblewrap._how.process_limit(1) is None:
         pytest.skip("the kernel exempts root in a user namespace from the limit on processes")
@@ -332,6 +361,7 @@ def test_the_kernel_gives_a_program_no_more_processes_than_the_limit(bubblewrap,
     assert script(unwatched, program, "True").status is Status.PASSED
 
 
+@attack("a grandchild in a session of its own that holds the output pipe")
 def test_a_grandchild_that_holds_the_pipe_is_ended_and_not_waited_for(sandbox):
     program = """
     import os
@@ -365,6 +395,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(sandbox):
     assert await_end_of("987.25")
 
 
+@attack("ending or stopping the supervisor")
 def test_the_supervisor_can_not_be_ended_stopped_or_opened(bubblewrap):
     program = """
     import os
@@ -401,6 +432,7 @@ def test_a_program_that_ends_its_supervisor_has_not_passed():
         "def f(): return f\nx = 'x' * 10**10",
     ],
 )
+@attack("10 GB at once, in steps, or spread over processes")
 def test_ten_gigabytes_are_refused(sandbox, program):
     before = resident()
     assert script(sandbox, program).status is Status.MEMORY
@@ -412,6 +444,7 @@ def test_the_address_space_is_limited_before_it_is_filled(sandbox):
     assert script(sandbox, program, "refused").status is Status.PASSED
 
 
+@attack("10 GB at once, in steps, or spread over processes")
 def test_the_memory_of_all_processes_counts(sandbox):
     program = """
     import os, time
@@ -424,7 +457,93 @@ def test_the_memory_of_all_processes_counts(sandbox):
     assert script(sandbox, program).status is Status.MEMORY
 
 
+# Each holds more than the limit, and none of it is resident in a process when all is written
+SHARED = {
+    "given back": """
+for _ in range(4):
+    if os.fork() == 0:
+        memory = mmap.mmap(-1, 120 << 20)
+        for start in range(0, 120 << 20, 4 << 20):
+            memory[start : start + (4 << 20)] = b"x" * (4 << 20)
+            memory.madvise(mmap.MADV_DONTNEED, start, 4 << 20)
+        time.sleep(60)
+time.sleep(60)
+""",
+    "held by another process": """
+for _ in range(4):
+    memory = mmap.mmap(-1, 120 << 20)
+    if os.fork() == 0:
+        time.sleep(60)
+    if os.fork() == 0:
+        memory[:] = b"x" * len(memory)
+        os._exit(0)
+    os.wait()
+    memory.close()
+time.sleep(60)
+""",
+    "of a device, by a process that hides": """
+ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+for _ in range(4):
+    if os.fork() == 0:
+        file = os.open("/dev/zero", os.O_RDWR)
+        memory = mmap.mmap(file, 120 << 20)
+        for start in range(0, 120 << 20, 4 << 20):
+            memory[start : start + (4 << 20)] = b"x" * (4 << 20)
+            memory.madvise(mmap.MADV_DONTNEED, start, 4 << 20)
+        time.sleep(60)
+time.sleep(60)
+""",
+}
+
+
+@attack("shared memory that the process which holds it never touched")
+@pytest.mark.parametrize("how", SHARED)
+def test_shared_memory_counts_whoever_has_touched_it(sandbox, how):
+    assert script(sandbox, "import ctypes, mmap, os, time\n" + SHARED[how]).status is Status.MEMORY
+
+
+def test_shared_memory_within_the_limit_and_threads_are_no_reason_to_end_a_program(sandbox):
+    program = """
+    import mmap, os, threading, time
+    memory = mmap.mmap(-1, 100 << 20)
+    for _ in range(4):
+        if os.fork() == 0:
+            threads = [threading.Thread(target=lambda: bytearray(1 << 20)) for _ in range(3)]
+            for thread in threads: thread.start()
+            memory[:1000] = b"x" * 1000
+            time.sleep(0.2)
+            os._exit(0)
+    for _ in range(4): os.wait()
+    print(memory[:3])
+    """
+    assert script(sandbox, program, "b'xxx'").status is Status.PASSED
+
+
 @filtered
+@attack("memory that no process is charged with (memfd, System V, sockets)")
+def test_buffers_of_sockets_stay_small(sandbox):
+    program = """
+    import os, socket
+    sent, pairs = 0, []
+    try:
+        while True: pairs.append(socket.socketpair())
+    except OSError:
+        pass
+    for end in [end for pair in pairs for end in pair]:
+        end.setblocking(False)
+        try: end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)
+        except OSError: pass
+        try:
+            while True: sent += end.send(bytes(65_536))
+        except OSError:
+            pass
+    print(len(pairs) > 10, sent < 64 << 20)
+    """
+    assert script(sandbox, program, "True True").status is Status.PASSED
+
+
+@filtered
+@attack("memory that no process is charged with (memfd, System V, sockets)")
 def test_memory_that_no_process_is_charged_with_is_refused(sandbox):
     program = """
     import ctypes, os
@@ -438,6 +557,7 @@ def test_memory_that_no_process_is_charged_with_is_refused(sandbox):
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@attack("a flood of output, binary output")
 def test_a_flood_of_output_costs_no_memory(sandbox, stream):
     before, start = resident(), time.monotonic()
     result = script(sandbox, f"import sys\nwhile True:\n    print('x' * 10**6, file=sys.{stream})")
@@ -454,12 +574,50 @@ def test_a_value_beyond_the_output_limit_is_told_as_that(sandbox):
     assert result.status is Status.OUTPUT_LIMIT
 
 
+@attack("results that take the trainer hours or gigabytes to read")
+def test_a_long_output_that_is_almost_a_number_is_judged_at_once(sandbox):
+    result = script(sandbox, "print('1' * 3_000_000 + 'x')", "3")
+    assert (result.status, result.seconds < SOON) == (Status.WRONG_ANSWER, True)
+
+
+@attack("results that take the trainer hours or gigabytes to read")
+@pytest.mark.parametrize(
+    "value",
+    [
+        "b'S150000:' + b''.join(b'i%x;' % (i * (2**61 - 1)) for i in range(150_000))",
+        "b'l300000:' + b'S0:' * 300_000",
+    ],
+)
+def test_a_value_that_would_be_hard_to_read_is_an_error_at_once(sandbox, value):
+    program = f"""
+    import os
+    from sandboxed.plain import encode
+    def f():
+        frame = encode(("ok", {value}))
+        data = memoryview(len(frame).to_bytes(8, "big") + frame)
+        while data:
+            data = data[os.write(3, data):]
+        os._exit(0)
+    """
+    before, start = resident(), time.process_time()
+    result = call(sandbox, program, expected={1})
+    assert (result.status, result.message) == (Status.ERROR, "The function's value could not be read.")
+    assert time.process_time() - start < 5  # of this process: the sandbox may be kept waiting
+    assert resident() - before < 50 << 20
+
+
+def test_half_a_surrogate_pair_in_an_error_is_replaced(sandbox):
+    assert script(sandbox, "raise Exception('\\ud800')").message.endswith("Exception: ?")
+
+
+@attack("a flood of output, binary output")
 def test_binary_output_is_a_wrong_answer(sandbox):
     result = script(sandbox, "import os\nos.write(1, bytes(range(256)))", "3")
     assert result.status is Status.WRONG_ANSWER
     assert "\x00\x01" in result.output
 
 
+@attack("one large file")
 def test_a_file_can_not_grow_beyond_its_limit(sandbox):
     program = "with open('big', 'wb') as file:\n    while True:\n        file.write(bytes(1 << 20))"
     result = script(sandbox, program)
@@ -467,6 +625,7 @@ def test_a_file_can_not_grow_beyond_its_limit(sandbox):
 
 
 @pytest.mark.parametrize("folder", ["/tmp", "/dev/shm"])
+@attack("many files that fill the disk")
 def test_many_files_fill_nothing_but_a_small_folder_of_the_programs_own(bubblewrap, folder):
     before = set(os.listdir(folder))
     program = f"""
@@ -483,6 +642,7 @@ def test_many_files_fill_nothing_but_a_small_folder_of_the_programs_own(bubblewr
     assert not any("filling-" in name for name in set(os.listdir(folder)) - before)
 
 
+@attack("changing the test program or the interpreter's files")
 def test_the_system_can_not_be_written_to(bubblewrap):
     program = f"""
     import os
@@ -498,6 +658,45 @@ def test_the_system_can_not_be_written_to(bubblewrap):
     assert script(bubblewrap, program, "").status is Status.PASSED
 
 
+@attack("changing settings of the kernel in /proc")
+def test_no_setting_of_the_kernel_can_be_changed(sandbox_of_a_user):
+    # Opening is enough, and changes nothing
+    program = """
+    import os
+    for folder, folders, files in os.walk("/proc"):
+        folders[:] = [name for name in folders if not name.isdigit() and name not in ("self", "thread-self")]
+        for name in files:
+            path = os.path.join(folder, name)
+            try: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError: continue
+            if not path.startswith(("/proc/pressure/", "/proc/net/")): print(path)
+    """
+    assert script(sandbox_of_a_user, program, "").output == ""
+
+
+@attack("raising its own limits")
+def test_limits_can_not_be_raised(sandbox_of_a_user):
+    program = """
+    import os, resource
+    for name in ("AS", "NOFILE", "FSIZE", "CPU", "CORE", "STACK"):
+        kind = getattr(resource, "RLIMIT_" + name)
+        for limit in (resource.RLIM_INFINITY, resource.getrlimit(kind)[1] + 1):
+            try: resource.setrlimit(kind, (limit, limit))
+            except (OSError, ValueError): continue
+            print("raised", name)
+    """
+    assert script(sandbox_of_a_user, program, "").output == ""
+
+
+@attack("ending or stopping the supervisor")
+def test_a_supervisor_without_memory_or_files_passes_no_test(bubblewrap):
+    for name, limit in (("AS", 1 << 20), ("NOFILE", 3), ("CPU", 0)):
+        program = f"import os, resource\nprint(3)\nresource.prlimit(1, resource.RLIMIT_{name}, ({limit}, {limit}))"
+        outcome = bubblewrap.run([(program, CodeTests([StdinTest("", "4"), StdinTest("", "4")]))])[0]
+        assert Status.PASSED not in [case.status for case in outcome.cases]
+
+
+@attack("reading the home folder and other files")
 def test_the_home_folder_and_other_files_are_out_of_sight(bubblewrap, tmp_path):
     (tmp_path / "secret").write_text("secret")
     with tempfile.NamedTemporaryFile(dir=Path.home(), prefix=".vpd-trl-test-") as at_home:
@@ -514,11 +713,13 @@ def test_the_home_folder_and_other_files_are_out_of_sight(bubblewrap, tmp_path):
         assert script(make("limits"), program, "").status is Status.WRONG_ANSWER, "the test opens nothing at all"
 
 
+@attack("reading the environment")
 def test_the_environment_is_out_of_sight(sandbox, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "secret")
     assert "SECRET" not in printed(sandbox, "import os\nprint(dict(os.environ))")
 
 
+@attack("reading the environment")
 def test_the_environments_of_other_processes_are_out_of_sight(bubblewrap):
     program = """
     import os
@@ -528,6 +729,7 @@ def test_the_environments_of_other_processes_are_out_of_sight(bubblewrap):
 
 
 @filtered
+@attack("connecting to loopback or anywhere")
 def test_no_connection_to_loopback(sandbox):
     with socket.create_server(("127.0.0.1", 0)) as server:
         program = f"""
@@ -542,6 +744,7 @@ def test_no_connection_to_loopback(sandbox):
         assert script(sandbox, program, "refused\nrefused").status is Status.PASSED
 
 
+@attack("connecting to loopback or anywhere")
 def test_the_network_is_another_one(bubblewrap):
     program = """
     import os
@@ -567,6 +770,7 @@ CHEATS = {
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
+@attack("exit statuses, printed verdicts, replaced builtins, `==` of own")
 def test_ways_to_end_early_pass_no_test(sandbox, cheat):
     at_once = CHEATS[cheat]
     when_called = "def f(*args):\n" + textwrap.indent(at_once, "    ")
@@ -595,6 +799,7 @@ def forge():
 """
 
 
+@attack("forging the report of the process that runs it")
 def test_forged_reports_pass_no_test(sandbox):
     code = "def check(candidate):\n    assert candidate(1) == 3"
     assert check(sandbox, FORGE + "forge()", code).status is not Status.PASSED
@@ -619,6 +824,7 @@ def test_a_program_has_no_files_but_its_own(sandbox):
     assert check(sandbox, program, "assert f(1) == [0, 1, 2, 3, 4]").status is Status.PASSED
 
 
+@attack("exit statuses, printed verdicts, replaced builtins, `==` of own")
 def test_replaced_builtins_change_no_verdict(sandbox):
     program = """
     import builtins, os, sys
@@ -639,6 +845,7 @@ def test_replaced_builtins_change_no_verdict(sandbox):
 
 
 @pytest.mark.parametrize("base", ["", "(int)", "(float)", "(str)", "(list)", "(dict)"])
+@attack("exit statuses, printed verdicts, replaced builtins, `==` of own")
 def test_a_value_that_equals_everything_passes_no_test(sandbox, base):
     program = f"""
     class Same{base}:
@@ -695,6 +902,7 @@ def found():
 """
 
 
+@attack("finding expected values or the test program in memory or files")
 def test_expected_values_are_nowhere_in_the_programs_reach(bubblewrap):
     word = "hidden-expectation"
     assert script(bubblewrap, SEARCH + "print(found())", word).output == "[]\n"
@@ -711,6 +919,7 @@ def test_expected_values_are_nowhere_in_the_programs_reach(bubblewrap):
 # ---- Attacks: on Python itself
 
 
+@attack("deep recursion, integers of 5,000 digits")
 def test_deep_recursion_is_the_programs_problem(sandbox):
     assert "RecursionError" in script(sandbox, "def f(): f()\nf()").message
     endless = "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()"
@@ -720,6 +929,7 @@ def test_deep_recursion_is_the_programs_problem(sandbox):
     assert script(sandbox, "x = " + "-" * 200_000 + "1").status is not Status.PASSED
 
 
+@attack("deep recursion, integers of 5,000 digits")
 def test_integers_of_five_thousand_digits_are_compared_to_the_last(sandbox):
     number = 10**5000 + 7
     digits = "1" + "0" * 4999 + "7"
@@ -757,7 +967,7 @@ def test_a_crash_loses_no_other_program(sandbox):
 
 
 def test_what_has_not_ended_at_the_deadline_of_the_batch_was_not_run(sandbox, caplog):
-    batch = Sandbox(isolation=sandbox.isolation, max_workers=2, batch_seconds=4.0, limits=Limits(seconds=60.0))
+    batch = Sandbox(isolation=sandbox.isolation, max_workers=2, batch_seconds=2.5, limits=Limits(seconds=60.0))
     tests = CodeTests([StdinTest("", "1")])
     start = time.monotonic()
     outcomes = batch.run([(program, tests) for program in ("print(1)", *["import time\ntime.sleep(60)"] * 3)])
@@ -835,13 +1045,43 @@ def test_a_newer_bubblewrap_from_a_package_takes_the_place_of_an_old_one(monkeyp
     assert make("bubblewrap")._how.bubblewrap == found
 
 
-def test_a_sandbox_that_can_not_start_any_more_leaves_programs_unjudged(bubblewrap, caplog):
+@pytest.mark.parametrize(("path", "said"), [("/bin/false", "did not start"), ("/no/bwrap", "FileNotFoundError")])
+def test_a_sandbox_that_can_not_start_any_more_leaves_programs_unjudged(bubblewrap, caplog, path, said):
     broken = copy.copy(bubblewrap)
-    broken._how = copy.copy(bubblewrap._how)
-    object.__setattr__(broken._how, "bubblewrap", "/bin/false")
+    broken._how = replace(bubblewrap._how, bubblewrap=path)
     outcome = broken.run([("print(1)", CodeTests([StdinTest("", "1")]))])[0]
     assert outcome.status is Status.NOT_RUN
-    assert "did not start" in caplog.text
+    assert said in caplog.text
+
+
+def test_a_disk_that_is_full_leaves_programs_unjudged(monkeypatch):
+    def full(**kwargs):
+        raise OSError(28, "No space left on device")
+
+    sandbox = make("limits")
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    outcome = sandbox.run([("print(1)", CodeTests([StdinTest("", "1")]))])[0]
+    assert (outcome.status, "No space left" in outcome.message) == (Status.NOT_RUN, True)
+
+
+@pytest.mark.parametrize(
+    "said", ["3", "{}", "{'status': 'fine', 'output': b'', 'message': '', 'seconds': 0.0}", "'x' * 10**7"]
+)
+def test_what_no_supervisor_would_say_passes_no_test_and_raises_nothing(sandbox, monkeypatch, said):
+    from vpd_trl.sandbox import channel
+
+    supervisor = "receive(control)\n    send(results, b'')\n    send(results, encode(" + said + "))\n    os._exit(0)\n"
+    code = (
+        "from sandboxed.plain import *\nfrom sandboxed.worker import *\nimport os\ndef main(control, results):\n    "
+    )
+    names = ("plain", "worker")
+    codes = [
+        part for part in marshal.loads(channel.supervisor_code()) if part[0].split(".")[-1] in ("sandboxed", *names)
+    ]
+    codes.append(("sandboxed.harness", compile(code + supervisor, "harness", "exec")))
+    monkeypatch.setattr(channel, "supervisor_code", lambda: marshal.dumps(codes))
+    outcome = sandbox.run([("print(3)", CodeTests([StdinTest("", "3")]))])[0]
+    assert outcome.status in (Status.ERROR, Status.TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -873,3 +1113,39 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_bad_limits_are_refused(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Limits(**arguments)
+
+
+# ---- What is said of it
+
+
+def rows_of_the_table():
+    lines = [line for line in vpd_trl.sandbox.__doc__.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    return {name: {"bubblewrap": bubblewrap, "limits": limits} for name, bubblewrap, limits in cells}
+
+
+def test_every_row_of_the_table_is_tried_where_it_is_said_to_hold():
+    levels = {
+        "sandbox": ["bubblewrap", "limits"],
+        "sandbox_of_a_user": ["bubblewrap", "limits"],
+        "bubblewrap": ["bubblewrap"],
+    }
+    tried = {}
+    for test in [value for name, value in globals().items() if name.startswith("test_")]:
+        for mark in getattr(test, "pytestmark", []):
+            if mark.name == "attack":
+                fixture = next(name for name in inspect.signature(test).parameters if name in levels)
+                tried.setdefault(mark.args[0], set()).update(levels[fixture])
+    held = {
+        name: {level for level, word in row.items() if word.startswith("holds")}
+        for name, row in rows_of_the_table().items()
+    }
+    assert tried == held
+
+
+def test_the_readme_counts_the_rows_of_the_table():
+    rows = rows_of_the_table()
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for level in ("bubblewrap", "limits"):
+        held = sum(row[level].startswith("holds") for row in rows.values())
+        assert re.search(rf"^\| `isolation=\"{level}\"`[^|\n]*\| {len(rows)} \| {held} \|$", readme, re.MULTILINE)

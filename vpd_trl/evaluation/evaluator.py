@@ -48,7 +48,8 @@ class Evaluation:
             whatever else the reward functions need.
         reward_funcs: One reward function in TRL's form, or a list of them. Scores are their weighted sums, in [0, 1].
         k: Samples per problem. Paper: 16 (science), 4 (code, mathematics).
-        sampling: How they are sampled; `None`: as in the paper.
+        sampling: How they are sampled. `None`: as in the paper, `Sampling()`, but within training no longer than the
+            rollouts (`max_completion_length`), as 8,192 tokens of a model that doesn't end can take hours.
         answer_fn: Finds the answer in a completion's text, `answer_fn(text) -> str | None`. Equal answers must be equal
             strings. It adds majority@k.
         success_threshold: A sample is a success when its score is at least this.
@@ -85,6 +86,7 @@ class Evaluation:
         self.grader.check_columns(list(self.rows[0]))
         self.k, self.pass_at = _check_samples(k, pass_at)
         self.sampling = Sampling() if sampling is None else sampling
+        self.sampling_given = sampling is not None
         self.answer_fn = answer_fn
         self.success_threshold = success_threshold
         self.name = name

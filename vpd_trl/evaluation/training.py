@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +37,7 @@ class TrainingEvaluation:
     """
     Runs evaluations on the student of a trainer.
 
-    Results are saved in `output_dir/evaluation/step-N`. Training goes on as if there had been no evaluation: its random
+    Results are saved in `output_dir/evaluation/step-N`. Samples are no longer than rollouts where sampling was left open. Training goes on as if there had been no evaluation: its random
     state and the modes of the model's modules come back.
 
     Args:
@@ -57,7 +59,8 @@ class TrainingEvaluation:
                     f"evaluation must be an Evaluation, or several by name; got {type(evaluation).__name__}."
                 )
         self.trainer = trainer
-        self.evaluations = several
+        longest = trainer.args.max_completion_length
+        self.evaluations = {name: _no_longer_than(longest, evaluation) for name, evaluation in several.items()}
         unsupported = [name for name in ("tools", "environments", "rollout_func") if getattr(trainer, name, None)]
         if unsupported:
             raise ValueError(f"evaluation is not supported with {' and '.join(unsupported)}; use eval_dataset alone.")
@@ -201,6 +204,15 @@ class _VLLM:
         finally:
             for name, value in before.items():
                 setattr(vllm, name, value)
+
+
+def _no_longer_than(longest: int | None, evaluation: Evaluation) -> Evaluation:
+    """The evaluation, with samples of at most so many tokens if its sampling was left open."""
+    if evaluation.sampling_given or longest is None or evaluation.sampling.max_new_tokens <= longest:
+        return evaluation
+    shorter = copy.copy(evaluation)
+    shorter.sampling = replace(evaluation.sampling, max_new_tokens=longest)
+    return shorter
 
 
 def _describe(trainer: VPDTrainer, engine: str) -> dict[str, Any]:

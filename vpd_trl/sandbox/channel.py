@@ -27,15 +27,23 @@ class Channel:
         packages: Whether installed packages are shown.
         folder: Its working directory, where it has no files of its own.
         cancelled: Ends `receive` when set.
+        longest: Most bytes of what it may say at once.
     """
 
     def __init__(
-        self, how: Isolation, frames: list[bytes], packages: bool, folder: str | None, cancelled: threading.Event
+        self,
+        how: Isolation,
+        frames: list[bytes],
+        packages: bool,
+        folder: str | None,
+        cancelled: threading.Event,
+        longest: int,
     ) -> None:
         self._how = how
         self._packages = packages
         self._folder = folder
         self._cancelled = cancelled
+        self._longest = longest
         self._code = supervisor_code()
         parts = [self._code]
         for frame in frames:
@@ -104,6 +112,8 @@ class Channel:
         """
         while True:
             size = int.from_bytes(self._received[:8], "big")
+            if size > self._longest:
+                return None
             if len(self._received) >= 8 and len(self._received) >= 8 + size:
                 frame = bytes(self._received[8 : 8 + size])
                 del self._received[: 8 + size]

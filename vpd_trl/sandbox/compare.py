@@ -9,7 +9,8 @@ from decimal import Decimal
 from typing import Any
 
 
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,6})?")
+# One way to read any text, as this is tried on megabytes that a program printed
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,6})?")
 _LONGEST_FLOAT = 400  # characters of a number that is compared with a tolerance
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 
 from .plain import decode, encode
-from .processes import cpu_seconds, end_all, others, resident_bytes
+from .processes import cpu_seconds, end_all, others, resident_bytes, shared_bytes
 from .syscalls import call_filter
 from .worker import receive, run_call, run_checks, run_script, send, serve_calls
 
@@ -58,15 +58,22 @@ def _lower_privileges(user: int | None) -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
+    set_dumpable(0)  # its memory and files are closed to other processes of the same user
+    if os.getpid() != 1:
+        _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come here, as they come to process 1
+
+
+def set_dumpable(value: int) -> None:
+    _prctl(4, value)  # PR_SET_DUMPABLE
+
+
+def _prctl(option: int, value: int) -> None:
     try:
         import ctypes
 
-        prctl = ctypes.CDLL(None).prctl
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
     except (ImportError, AttributeError, OSError):  # not Linux
-        return
-    prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: its memory and files are closed to other processes of the same user
-    if os.getpid() != 1:
-        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come here, as they come to process 1
+        pass
 
 
 class Pipe:
@@ -182,24 +189,28 @@ class Supervisor:
         ends = [null, null, null, calls[0], answers[1]]
         program = self._fork(ends, lambda: serve_calls(job, 3, 4))
         ends = [null, null, null, report.write_end, control, calls[1], answers[0]]
-        checks = self._fork(ends, lambda: run_checks(job, 4, 5, 6))
+        checks = self._fork(ends, lambda: run_checks(job, 4, 5, 6), secret=True)
         for fd in (*calls, *answers):
             os.close(fd)
         return [checks, program]
 
-    def _fork(self, files: list[int], work: Callable[[], int]) -> int:
+    def _fork(self, files: list[int], work: Callable[[], int], *, secret: bool = False) -> int:
         """
         Start a process that has these files, as 0, 1, 2, …, and no others.
 
         Args:
             files: File descriptors of this process.
             work: What to do; returns the exit status.
+            secret: Whether its memory and files stay closed to the other processes. Of the program's own processes
+                the supervisor must see how much memory they share.
         """
         pid = os.fork()
         if pid == 0:
             leave = os._exit
             try:
                 os.setsid()
+                if not secret:
+                    set_dumpable(1)
                 _take_files(files)
                 self._limit()
                 self.refuse_calls()
@@ -270,7 +281,8 @@ class Supervisor:
         running = others()
         if len(running) > self.limits["processes"]:
             return "processes"
-        if sum(map(resident_bytes, running)) > self.limits["memory"]:
+        memory = self.limits["memory"]
+        if sum(map(resident_bytes, running)) > memory or shared_bytes(running, memory) > memory:
             return "memory"
         return None
 

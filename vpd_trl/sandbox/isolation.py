@@ -220,8 +220,10 @@ def _files(packages: bool) -> list[str]:
                 folders.add(str(parent))
                 options += ["--perms", "0755", "--dir", str(parent)]
         options += ["--ro-bind", path, path]
-    # What is left are folders in memory, without a limit on their size
-    return [*options, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
+    # What is left are folders in memory, without a limit on their size, and the kernel's settings in /proc: where root
+    # runs programs in a user namespace, they are root's to the kernel, and could set the whole machine's
+    read_only = [option for name in ("/proc", "/dev", "/") for option in ("--remount-ro", name)]
+    return [*options, *read_only, "--chdir", "/tmp"]
 
 
 def _interpreter() -> str:

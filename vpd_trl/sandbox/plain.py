@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 MAX_DEPTH = 200  # of nested containers; also what ends a container that holds itself
+MAX_SAME_HASH = 64  # items of a set or keys of a dictionary
 
 _CONTAINERS: tuple[tuple[Any, bytes], ...] = (
     (list, b"l"),
@@ -72,15 +73,20 @@ def _encode(value: Any, parts: list[bytes], depth: int) -> None:
         _encode(value.tolist(), parts, depth + 1)
 
 
-def decode(data: bytes) -> Any:
+def decode(data: bytes, containers: float = float("inf")) -> Any:
     """
     The value that `encode` made these bytes of.
 
+    Args:
+        data: The bytes.
+        containers: Most containers in the value. An empty set takes 3 bytes here, and then 216 in memory.
+
     Raises:
-        ValueError: If they are not such bytes, whatever else they are.
+        ValueError: If they are not such bytes, whatever else they are, or hold too many containers, or a set or
+            dictionary of items with the same hash, which would take hours to build.
     """
     try:
-        value, end = _decode(data, 0, 0)
+        value, end = _decode(data, 0, 0, [containers])
     except (IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
         raise ValueError("these bytes are not encoded data") from error
     if end != len(data):
@@ -88,7 +94,7 @@ def decode(data: bytes) -> Any:
     return value
 
 
-def _decode(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+def _decode(data: bytes, at: int, depth: int, left: list[float]) -> tuple[Any, int]:
     if depth > MAX_DEPTH + 1:
         raise ValueError("nested too deep")
     tag, at = data[at : at + 1], at + 1
@@ -111,10 +117,25 @@ def _decode(data: bytes, at: int, depth: int) -> tuple[Any, int]:
         return data[at : at + count].decode("utf-8", "surrogatepass"), at + count
     if tag == b"b":
         return data[at : at + count], at + count
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError("too many containers")
     items = []
     for _ in range(2 * count if tag == b"d" else count):
-        item, at = _decode(data, at, depth + 1)
+        item, at = _decode(data, at, depth + 1, left)
         items.append(item)
     if tag == b"d":
+        _check_hashes(items[::2])
         return dict(zip(items[::2], items[1::2], strict=True)), at
+    if tag in (b"S", b"Z"):
+        _check_hashes(items)
     return {b"l": list, b"t": tuple, b"S": set, b"Z": frozenset}[tag](items), at
+
+
+def _check_hashes(items: list) -> None:
+    counts: dict[int, int] = {}
+    for item in items if len(items) > MAX_SAME_HASH else ():
+        key = hash(item)
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] > MAX_SAME_HASH:
+            raise ValueError("too many items with the same hash")

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 GRACE = 30.0  # seconds beyond a test's time after which its sandbox, supervisor and all, is given up
 MAX_SHOWN, MAX_MESSAGE = 500, 1000  # characters of an output and of a message that are kept
+MAX_CONTAINERS = 1 << 18  # in a value that a function returned
 
 _STATUS = {
     "wrong": Status.WRONG_ANSWER,
@@ -183,19 +184,24 @@ class Sandbox:
             return Outcome(Status.NOT_RUN, (), total, 0.0, self._late())
         user = how.user()
         folder = None
-        if how.name == "limits":
-            folder = tempfile.mkdtemp(prefix="vpd-trl-")
-            if user is not None:
-                os.chown(folder, user, user)
         cases: list[CaseResult] = []
         try:
+            if how.name == "limits":
+                folder = tempfile.mkdtemp(prefix="vpd-trl-")
+                if user is not None:
+                    os.chown(folder, user, user)
             with Channel(
-                how, self._job(batch, user, program, tests), self.site_packages, folder, cancelled
+                how,
+                self._job(batch, user, program, tests),
+                self.site_packages,
+                folder,
+                cancelled,
+                longest=self.limits.output + (1 << 20),
             ) as channel:
                 ready = channel.receive(min(deadline, start + 60))
                 while ready is not None and len(cases) < total:
                     report = channel.receive(min(deadline, time.monotonic() + self.limits.seconds + GRACE))
-                    if report is None:
+                    if not _is_report(report):
                         break
                     cases.append(self._judge(tests.tests[len(cases)], report))
                     if cases[-1].status in _LAST:
@@ -245,15 +251,17 @@ class Sandbox:
         return frames
 
     def _judge(self, test: AnyTest, report: dict[str, Any]) -> CaseResult:
-        status, message, seconds = report["status"], str(report["message"]), float(report["seconds"])
-        output: bytes = report["output"]
+        status, seconds, output = report["status"], report["seconds"], report["output"]
+        message = (
+            report["message"].encode("utf-8", "replace").decode()
+        )  # an error's text may hold half a surrogate pair
         if status == "processes":
             message = f"The program started more than {self.limits.processes} processes."
         if isinstance(test, CallTest):
             shown, value = "", None
             if status == "ok":
                 try:
-                    value = decode(output)
+                    value = decode(output, MAX_CONTAINERS)
                 except ValueError:
                     return CaseResult(Status.ERROR, "", "The function's value could not be read.", seconds)
                 shown = show(value)
@@ -281,6 +289,14 @@ class Sandbox:
         if self.isolation == "bubblewrap":
             raise SandboxUnavailable(cannot_start(said))
         raise SandboxUnavailable(f"A program that is sure to be right did not run here: {said.strip()}")
+
+
+def _is_report(report: Any) -> bool:
+    """Whether this is what a supervisor says; with plain limits a program may have taken its place."""
+    kinds = {"status": str, "output": bytes, "message": str, "seconds": float}
+    if not isinstance(report, dict) or report.keys() != kinds.keys():
+        return False
+    return all(isinstance(report[name], kind) for name, kind in kinds.items()) and report["status"] in ("ok", *_STATUS)
 
 
 def _overall(cases: list[CaseResult]) -> Status:

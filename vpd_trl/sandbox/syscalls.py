@@ -2,7 +2,8 @@
 System calls that programs don't get. Runs inside the sandbox: the standard library alone is imported.
 
 Refused are those that take memory which no process is charged with, those that open parts of the kernel which no
-program needs here (namespaces, tracing, eBPF, io_uring, keys), and sockets, but for pairs of them.
+program needs here (namespaces, tracing, eBPF, io_uring, keys), and sockets, but for pairs of them with buffers of the
+usual size.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _REFUSED = {
     "msgget": (68, 186),
     "semget": (64, 190),
     "socket": (41, 198),
+    "setsockopt": (54, 208),
+    "vmsplice": (278, 75),
     "unshare": (272, 97),
     "setns": (308, 268),
     "ptrace": (101, 117),
