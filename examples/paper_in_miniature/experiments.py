@@ -151,7 +151,7 @@ def figure_2(tuned: Tuned) -> list[Cell]:
     return evenly(*(rows_of(s, "environment", tuned, FEW, steps=LONG) for s in (SDPO, SDPO_SHARP, SDPO_EMA)))
 
 
-DENSE_SYSTEMS = (GRPO, SDPO_SHARP, JOINT, VPD)
+DENSE_SYSTEMS = (GRPO, SDPO_SHARP, SDPO_EMA, JOINT, VPD, VPD_EMA)
 
 
 def density(tuned: Tuned) -> list[Cell]:
