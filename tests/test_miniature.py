@@ -11,14 +11,15 @@ import torch
 
 from examples.paper_in_miniature import base, run, task
 from vpd_trl import VPDConfig
+from vpd_trl.feedback import Rollout
 
 
 ALL = (*task.DOMAINS, task.RIGID)
 SYMBOLS = 8
 
 
-def critiques(answer, noise, *, domain="cipher", success=False, count=1, seed=0, step=0):
-    feedback = task.EnvironmentFeedback(domain, SYMBOLS, noise, seed)
+def critiques(answer, noise, *, domain="cipher", success=False, count=1, seed=0, step=0, coverage=1.0):
+    feedback = task.EnvironmentFeedback(domain, SYMBOLS, noise, seed, coverage)
     return feedback(
         prompts=["q"] * count,
         answer=[answer] * count,
@@ -106,6 +107,19 @@ def test_noise_is_drawn_anew_for_each_rollout_and_step_and_is_the_seeds():
     assert len(set(many)) > 5
     assert many != critiques("3¹ 5²", 0.5, count=50, step=1)
     assert many != critiques("3¹ 5²", 0.5, count=50, seed=1)
+
+
+def test_with_half_the_coverage_half_of_the_rollouts_get_the_feedback_that_all_get():
+    whole, half = (critiques("3¹ 5²", 0.5, count=2000, coverage=coverage) for coverage in (1.0, 0.5))
+    assert None not in whole
+    assert all(said in (None, full) for said, full in zip(half, whole, strict=True))
+    assert abs(half.count(None) / 2000 - 0.5) < 0.04
+
+
+def test_a_sibling_that_says_the_same_can_be_left_out():
+    sibling = Rollout(text="3¹ 5²", reward=1.0, success=True)
+    feedback = task.OtherSiblings()(siblings=[[sibling], [sibling], []], texts=["3¹ 5²", "1¹ 5²", "3¹ 5²"])
+    assert [f and f.solution for f in feedback] == [None, "3¹ 5²", None]
 
 
 def test_in_a_chain_noise_spares_the_result():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .run import Cell
@@ -73,7 +73,7 @@ def tuning_name(system: System, feedback: str) -> str:
     return f"{system.name} / {feedback}"
 
 
-def cell(system: System, feedback: str, domain: str, seed: int, tuned: Tuned, **changes: Any) -> Cell:
+def cell(system: System, feedback: str, domain: str, seed: int, tuned: Tuned, /, **changes: Any) -> Cell:
     """A run of a system as it was tuned."""
     rate, overrides = system.candidates[tuned[tuning_name(system, feedback)]]
     values: dict[str, Any] = dict(
@@ -91,7 +91,7 @@ def cell(system: System, feedback: str, domain: str, seed: int, tuned: Tuned, **
 
 
 def rows_of(
-    system: System, feedback: str, tuned: Tuned, domains: Sequence[str] = DOMAINS, **changes: Any
+    system: System, feedback: str, tuned: Tuned, /, domains: Sequence[str] = DOMAINS, **changes: Any
 ) -> Iterator[Cell]:
     """The runs behind one row: every domain, every reported seed. Seeds come first, so that rows fill up evenly."""
     for seed in SEEDS:
@@ -151,7 +151,7 @@ def figure_2(tuned: Tuned) -> list[Cell]:
     return evenly(*(rows_of(s, "environment", tuned, FEW, steps=LONG) for s in (SDPO, SDPO_SHARP, SDPO_EMA)))
 
 
-DENSE_SYSTEMS = (GRPO, SDPO_SHARP, JOINT, VPD)
+DENSE_SYSTEMS = (GRPO, SDPO_SHARP, SDPO_EMA, JOINT, VPD, VPD_EMA)
 
 
 def density(tuned: Tuned) -> list[Cell]:
@@ -219,23 +219,44 @@ def adapted(name: str, tuned: Tuned) -> Iterator[Cell]:
     return rows_of(VPD_LORA, "environment", tuned, FEW, overrides=tuple(changed))
 
 
-# Changes of the shared teacher's runs that may keep it stable without a second copy of the weights, and where each is
-# tried; an EMA teacher, which is such a copy, for comparison
 STABILITY_RATES = (3e-4, 6e-4, 1e-3)
-REMEDIES: dict[str, tuple[System, Overrides, tuple[float, ...]]] = {
-    "as in the paper": (VPD_PAPER, (), STABILITY_RATES),
-    "sharpened target": (VPD_PAPER, (("teacher_temperature", SHARP),), STABILITY_RATES),
-    "EMA teacher": (VPD_EMA, (), STABILITY_RATES),
-    "warm-up of 50 steps": (VPD_PAPER, (("warmup_steps", 50),), (6e-4,)),
-    "4 of each class per E-step": (VPD_PAPER, (("e_step_min_per_class", 4),), (6e-4,)),
+BOTH = ("environment", "siblings")
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    What a stability run changes in the paper's shared teacher: a remedy that needs no second copy of the weights, a
+    condition that may matter, or, for comparison, an EMA teacher, which is such a copy.
+    """
+
+    system: System = VPD_PAPER
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the cells
+    rates: tuple[float, ...] = (6e-4,)
+    feedback: tuple[str, ...] = BOTH
+
+
+CHANGES = {
+    "as in the paper": Change(rates=STABILITY_RATES),
+    "sharpened target": Change(changes={"overrides": (("teacher_temperature", SHARP),)}, rates=STABILITY_RATES),
+    "EMA teacher": Change(VPD_EMA, rates=STABILITY_RATES),
+    "warm-up of 50 steps": Change(changes={"overrides": (("warmup_steps", 50),)}),
+    "4 of each class per E-step": Change(changes={"overrides": (("e_step_min_per_class", 4),)}),
+    # Of the environment's feedback every rollout gets some, of siblings those of groups with successes
+    "feedback for half of the rollouts": Change(changes={"coverage": 0.5}, feedback=("environment",)),
+    "divided by rollouts with feedback": Change(
+        changes={"overrides": (("m_step_normalization", "with_feedback"),)}, feedback=("siblings",)
+    ),
+    "no siblings that are equal": Change(changes={"feedback": "other_siblings"}, feedback=("siblings",)),
 }
 
 
 STABILITY_ROWS = [
     (name, feedback, rate)
-    for feedback in ("environment", "siblings")
-    for name, (_, _, rates) in REMEDIES.items()
-    for rate in rates
+    for feedback in BOTH
+    for name, change in CHANGES.items()
+    if feedback in change.feedback
+    for rate in change.rates
 ]
 
 
@@ -245,11 +266,11 @@ def stability(tuned: Tuned) -> list[Cell]:
 
 
 def stable(name: str, feedback: str, rate: float) -> Iterator[Cell]:
-    system, overrides, _ = REMEDIES[name]
+    change = CHANGES[name]
     forward = (("divergence", "forward_kl"),)
-    assert system.candidates[1] == (3e-4, forward)
-    changes = {"learning_rate": rate, "overrides": overrides}
-    return rows_of(system, feedback, {tuning_name(system, feedback): 1}, FEW, **changes)
+    assert change.system.candidates[1] == (3e-4, forward)
+    chosen = {tuning_name(change.system, feedback): 1}
+    return rows_of(change.system, feedback, chosen, FEW, learning_rate=rate, **change.changes)
 
 
 def evenly(*rows: Iterator[Cell]) -> list[Cell]:

@@ -199,7 +199,7 @@ def warnings(runs: Runs) -> str:
         "| | runs | fell | warned before | steps ahead, median | warned, did not fall |",
         "|---|---|---|---|---|---|",
     ]
-    for name in experiments.REMEDIES:
+    for name in experiments.CHANGES:
         cells = [c for row in experiments.STABILITY_ROWS if row[0] == name for c in experiments.stable(*row)]
         # Runs of earlier versions lack the metric
         there = [run for _, run in made(cells, runs) if "teacher/log_ratio_end" in run["history"]]

@@ -36,7 +36,7 @@ from vpd_trl import VPDConfig, VPDTrainer
 from . import base, task
 
 
-FEEDBACK = ("environment", "siblings", "critique")
+FEEDBACK = ("environment", "siblings", "other_siblings", "critique")
 CURVE_POINTS = 8  # of held-out accuracy during training
 HISTORY_POINTS = 25  # of the metrics' curves
 METRICS = ("reward", "entropy", "teacher/", "m_step/", "e_step/", "feedback/", "completions/", "loss", "grad_norm")
@@ -60,6 +60,7 @@ class Cell:
     length: int = 2
     symbols: int = 8
     noise: float = 0.0
+    coverage: float = 1.0  # share of the rollouts that the environment speaks of
     skill: float = 0.5
     seed: int = 100
     base_seed: int = 0
@@ -157,9 +158,11 @@ def config(cell: Cell, folder: str, device: str) -> VPDConfig:
 
 def feedback_of(cell: Cell) -> Any:
     if cell.feedback == "environment":
-        return task.EnvironmentFeedback(cell.domain, cell.symbols, cell.noise, cell.seed)
+        return task.EnvironmentFeedback(cell.domain, cell.symbols, cell.noise, cell.seed, cell.coverage)
     if cell.feedback == "siblings":
         return vpd_trl.feedback.SiblingFeedback()
+    if cell.feedback == "other_siblings":
+        return task.OtherSiblings()
     if cell.feedback == "critique":
         # By its name, for the other kinds of feedback to work with a version that hasn't got it
         critic = getattr(vpd_trl.feedback, "SelfCritiqueFeedback")  # noqa: B009

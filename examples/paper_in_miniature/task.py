@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from vpd_trl.feedback import Feedback, Rollout, SiblingFeedback
+
 
 DOMAINS = ("cipher", "shift", "mirror", "facts")
 RIGID = "chain"
@@ -164,21 +166,38 @@ class EnvironmentFeedback:
 
     With `noise`, each stated symbol is a random one with that probability, anew for every rollout. In the domain
     `chain` the noise falls on the steps of the derivation, and the last one is always stated as it is: a critic that
-    knows the result, and makes up a way to it.
+    knows the result, and makes up a way to it. With `coverage` below 1 it says nothing of a random share of rollouts.
     """
 
-    def __init__(self, domain: str, symbols: int, noise: float, seed: int) -> None:
+    def __init__(self, domain: str, symbols: int, noise: float, seed: int, coverage: float = 1.0) -> None:
         self.domain, self.symbols, self.noise, self.seed = domain, symbols, noise, seed
+        self.coverage = coverage
 
     def __call__(
         self, prompts: list[str], answer: list[str], successes: list[bool], trainer_state: Any, **kwargs: Any
-    ) -> list[str]:
-        stated = []
+    ) -> list[str | None]:
+        stated: list[str | None] = []
         for i, (prompt, a, success) in enumerate(zip(prompts, answer, successes, strict=True)):
             rng = random.Random(f"{self.seed} {trainer_state.global_step} {i} {prompt}")
             expected = symbols_of(a)
             shown = blurred(expected, self.symbols, self.noise, rng)
             if self.domain == RIGID:
                 shown[-1] = expected[-1]
-            stated.append(f"{RIGHT if success else WRONG} {words(shown)}")
+            spoken_of = self.coverage == 1 or rng.random() < self.coverage
+            stated.append(f"{RIGHT if success else WRONG} {words(shown)}" if spoken_of else None)
         return stated
+
+
+class OtherSiblings(SiblingFeedback):
+    """
+    Siblings, but none that says what the rollout says itself.
+
+    A question of this task has one right answer, so no success has such a sibling.
+    """
+
+    def __call__(self, siblings: list[list[Rollout]], texts: list[str], **kwargs: Any) -> list[Feedback | None]:
+        shown = super().__call__(siblings, **kwargs)
+        return [
+            None if feedback is None or feedback.solution == text else feedback
+            for feedback, text in zip(shown, texts, strict=True)
+        ]
