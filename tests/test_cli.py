@@ -118,10 +118,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(capsys, arguments, said):
 
 def test_the_command_line_comes_before_the_recipe_which_comes_before_defaults(recipe):
     recipe(task_kwargs={"wait": 0.5}, seed=3, env={"VPD_TRL_TEST": "1"})
-    with pytest.warns(FutureWarning):
-        task, config, model = parse(
-            [f"--config={recipe.path}", "--seed", "4", "--feedback=siblings", "--dtype", "auto"]
-        )
+    task, config, model = parse([f"--config={recipe.path}", "--seed", "4", "--feedback=siblings", "--dtype", "auto"])
     assert (config.seed, config.learning_rate, config.e_step_frequency, config.jsd_weight) == (4, 1e-3, 2, 0.5)
     assert (task.task_kwargs, task.feedback, model.dtype) == ({"wait": 0.5}, "siblings", "auto")
     assert os.environ.pop("VPD_TRL_TEST") == "1"
