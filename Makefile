@@ -22,7 +22,7 @@ paper-runs: $(VENV)/.dev
 	$(VENV)/bin/python -m examples.paper_in_miniature.grid all --workers $(PAPER_WORKERS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4
 
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m slow
