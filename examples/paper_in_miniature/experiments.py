@@ -146,17 +146,21 @@ def table_5(tuned: Tuned) -> list[Cell]:
     )
 
 
+LONG_SYSTEMS = (SDPO, SDPO_SHARP, SDPO_EMA)
+
+
 def figure_2(tuned: Tuned) -> list[Cell]:
     """Late degradation: long runs; VPD's are those of table 5."""
-    return evenly(*(rows_of(s, "environment", tuned, FEW, steps=LONG) for s in (SDPO, SDPO_SHARP, SDPO_EMA)))
+    return evenly(*(rows_of(s, "environment", tuned, FEW, steps=LONG) for s in LONG_SYSTEMS))
 
 
-DENSE_SYSTEMS = (GRPO, SDPO_SHARP, SDPO_EMA, JOINT, VPD, VPD_EMA)
+# The lengths that each is run on
+DENSE_SYSTEMS = {GRPO: (1, 2), SDPO_SHARP: (1, 2), JOINT: (1, 2), VPD: (1, 2), SDPO_EMA: (2,), VPD_EMA: (2,)}
 
 
 def density(tuned: Tuned) -> list[Cell]:
     """Answers of one and two symbols; three are in table 1."""
-    return evenly(*(dense(system, length, tuned) for length in (1, 2) for system in DENSE_SYSTEMS))
+    return evenly(*(dense(system, n, tuned) for system, lengths in DENSE_SYSTEMS.items() for n in lengths))
 
 
 def dense(system: System, length: int, tuned: Tuned) -> Iterator[Cell]:

@@ -136,7 +136,7 @@ def figure_1(runs: Runs, tuned: Tuned) -> Any:
 def figure_2(runs: Runs, tuned: Tuned) -> Any:
     """Held-out accuracy over long runs."""
     figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for system in (SDPO, SDPO_SHARP, SDPO_EMA, VPD):
+    for system in (*experiments.LONG_SYSTEMS, VPD):
         cells = list(experiments.rows_of(system, "environment", tuned, experiments.FEW, steps=experiments.LONG))
         found = made(cells, runs)
         if found:
@@ -154,13 +154,13 @@ def density_and_noise(runs: Runs, tuned: Tuned) -> Any:
     """Held-out accuracy against the density of rewards, and against the noise of feedback."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     few = experiments.FEW
-    for system in experiments.DENSE_SYSTEMS:
-        cells = [list(experiments.dense(system, n, tuned)) for n in (1, 2)]
+    for system, lengths in experiments.DENSE_SYSTEMS.items():
+        cells = [list(experiments.dense(system, n, tuned)) for n in lengths]
         if not any(made(c, runs) for c in cells):
             continue
         cells.append(list(experiments.rows_of(system, "environment", tuned, few)))
         points = [mean_of(c, runs, held_out) for c in cells]
-        line(left, [8.0**-n for n in (1, 2, 3)], points, COLORS[system], system.name, 100)
+        line(left, [8.0**-n for n in (*lengths, 3)], points, COLORS[system], system.name, 100)
         left.legend(frameon=False, fontsize=8)
     left.set_xscale("log")
     left.set_xlabel("success rate of the base model (dense → sparse: right to left)")

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from . import experiments, grid, plots
-from .experiments import GRPO, SDPO_SHARP, SYSTEMS, VPD, VPD_LORA, System, Tuned
+from .experiments import GRPO, SDPO_SHARP, SYSTEMS, VPD, VPD_EMA, VPD_LORA, System, Tuned
 from .finished import RESULTS, Runs, collapsed, course, held_out, load, made
 from .run import Cell
 from .statistics import Estimate, average, estimate
@@ -61,6 +61,7 @@ class Table:
     rows: list[Row]
     pairs: list[tuple[str, str]]
     domains: tuple[str, ...] = DOMAINS
+    experiment: str = ""  # its runs, if not of the same name
 
     def summary(self, runs: Runs) -> dict[str, Any]:
         rows: dict[str, Any] = {}
@@ -81,7 +82,7 @@ class Table:
         counts = {row.label: sum(collapsed(run) for _, run in made(row.cells, runs)) for row in self.rows}
         return {
             "caption": self.caption,
-            "command": f"python -m examples.paper_in_miniature.grid {self.name}",
+            "command": f"python -m examples.paper_in_miniature.grid {self.experiment or self.name}",
             "commits": sorted(commits),
             "seeds": sorted({c.seed for row in self.rows for c in row.cells}),
             "measure": "held-out accuracy after training; half: half the width of the 95 % interval",
@@ -115,10 +116,14 @@ def tables(tuned: Tuned) -> list[Table]:
         table_3(tuned),
         table_4(tuned),
         table_5(tuned),
+        figure_2(tuned),
         cold_start(tuned),
         rigid(tuned),
         lora_teacher(tuned),
         stability(),
+        density(1, tuned),
+        density(2, tuned),
+        noise(tuned),
     ]
 
 
@@ -158,6 +163,14 @@ def table_5(tuned: Tuned) -> Table:
     return Table("table_5", f"The prior, after {long} steps", rows, [("dynamic prior", "fixed prior")], few)
 
 
+def figure_2(tuned: Tuned) -> Table:
+    few, long = experiments.FEW, experiments.LONG
+    systems = (*experiments.LONG_SYSTEMS, VPD)
+    rows = [row(s, "environment", tuned, domains=few, steps=long) for s in systems]
+    pairs = [(VPD.name, s.name) for s in experiments.LONG_SYSTEMS]
+    return Table("figure_2_table", f"After {long} steps", rows, pairs, few, "figure_2")
+
+
 def cold_start(tuned: Tuned) -> Table:
     few = experiments.FEW
     rows = [row(GRPO, "siblings", tuned, domains=few, skill=0.0)]
@@ -191,6 +204,24 @@ def stability() -> Table:
         for rate in experiments.STABILITY_RATES
     ]
     return Table("stability", "Learning rates and remedies", rows, pairs, experiments.FEW)
+
+
+def density(length: int, tuned: Tuned) -> Table:
+    systems = [s for s, lengths in experiments.DENSE_SYSTEMS.items() if length in lengths]
+    rows = [Row(s.name, list(experiments.dense(s, length, tuned))) for s in systems]
+    tested = [s for s in (VPD, VPD_EMA) if s in systems]
+    pairs = [(s.name, other.name) for s in tested for other in systems if other not in tested]
+    return Table(f"density_{length}", f"Answers of {length} symbols", rows, pairs, experiments.FEW, "density")
+
+
+def noise(tuned: Tuned) -> Table:
+    rows, pairs = [], []
+    for level in (0.0, *experiments.NOISE):
+        names = [f"{s.name}, {level:g}" for s in experiments.NOISY_SYSTEMS]
+        for system, name in zip(experiments.NOISY_SYSTEMS, names, strict=True):
+            rows.append(row(system, "environment", tuned, name, domains=experiments.FEW, noise=level))
+        pairs.append((names[1], names[0]))
+    return Table("noise", "Share of random symbols in feedback", rows, pairs, experiments.FEW)
 
 
 def warnings(runs: Runs) -> str:
