@@ -160,7 +160,17 @@ DENSE_SYSTEMS = {GRPO: (1, 2), SDPO_SHARP: (1, 2), JOINT: (1, 2), VPD: (1, 2), S
 
 def density(tuned: Tuned) -> list[Cell]:
     """Answers of one and two symbols; three are in table 1."""
-    return evenly(*(dense(system, n, tuned) for system, lengths in DENSE_SYSTEMS.items() for n in lengths))
+    rows = [dense(system, n, tuned) for system, lengths in DENSE_SYSTEMS.items() for n in lengths]
+    return evenly(*rows, *(slower(system, tuned) for system in SLOWER_SYSTEMS))
+
+
+SLOWER_SYSTEMS = (VPD, VPD_EMA)
+
+
+def slower(system: System, tuned: Tuned) -> Iterator[Cell]:
+    """Answers of two symbols at half the rate that was tuned on three."""
+    rate, _ = system.candidates[tuned[tuning_name(system, "environment")]]
+    return rows_of(system, "environment", tuned, FEW, length=2, learning_rate=rate / 2)
 
 
 def dense(system: System, length: int, tuned: Tuned) -> Iterator[Cell]:

@@ -210,7 +210,12 @@ def density(length: int, tuned: Tuned) -> Table:
     systems = [s for s, lengths in experiments.DENSE_SYSTEMS.items() if length in lengths]
     rows = [Row(s.name, list(experiments.dense(s, length, tuned))) for s in systems]
     tested = [s for s in (VPD, VPD_EMA) if s in systems]
-    pairs = [(s.name, other.name) for s in tested for other in systems if other not in tested]
+    names = [s.name for s in tested]
+    if length == 2:
+        slower = {f"{s.name}, half the rate": experiments.slower(s, tuned) for s in experiments.SLOWER_SYSTEMS}
+        rows += [Row(name, list(cells)) for name, cells in slower.items()]
+        names += slower
+    pairs = [(name, other.name) for name in names for other in systems if other not in tested]
     return Table(f"density_{length}", f"Answers of {length} symbols", rows, pairs, experiments.FEW, "density")
 
 
