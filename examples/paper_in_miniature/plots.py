@@ -152,18 +152,22 @@ def figure_2(runs: Runs, tuned: Tuned) -> Any:
 
 def density_and_noise(runs: Runs, tuned: Tuned) -> Any:
     """Held-out accuracy against the density of rewards, and against the noise of feedback."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained", sharey=True)
     few = experiments.FEW
-    for system, lengths in experiments.DENSE_SYSTEMS.items():
+    for i, (system, lengths) in enumerate(experiments.DENSE_SYSTEMS.items()):
         cells = [list(experiments.dense(system, n, tuned)) for n in lengths]
         if not any(made(c, runs) for c in cells):
             continue
         cells.append(list(experiments.rows_of(system, "environment", tuned, few)))
         points = [mean_of(c, runs, held_out) for c in cells]
-        line(left, [8.0**-n for n in (*lengths, 3)], points, COLORS[system], system.name, 100)
-        left.legend(frameon=False, fontsize=8)
+        x = [1.05 ** (i - 2) * 8.0**-n for n in (*lengths, 3)]  # beside each other
+        y, half = [100 * e.mean for e in points], [100 * e.half for e in points]
+        left.errorbar(x, y, half, color=COLORS[system], lw=1.8, marker="o", ms=4, label=system.name, capsize=2)
+        left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
     left.set_xscale("log")
-    left.set_xlabel("success rate of the base model (dense → sparse: right to left)")
+    left.set_xticks([8.0**-n for n in (3, 2, 1)], ["0.2 %", "1.6 %", "12.5 %"])
+    left.minorticks_off()
+    left.set_xlabel("success rate of the base model: sparse to dense")
     left.set_ylabel("held-out accuracy, %")
     left.set_ylim(0, 100)
     levels = (0.0, *experiments.NOISE)
@@ -172,6 +176,7 @@ def density_and_noise(runs: Runs, tuned: Tuned) -> Any:
         if any(made(c, runs) for c in cells[1:]):
             points = [mean_of(c, runs, held_out) for c in cells]
             line(right, levels, points, COLORS[system], system.name, 100)
+            right.legend(frameon=False, fontsize=8)
     right.set_xlabel("share of random symbols in feedback")
     return figure
 
