@@ -113,3 +113,16 @@ class SpecialTokens:
 
     def _count(self, text: str) -> int:
         return len(self._pattern.findall(text)) if self._pattern else 0
+
+
+def answer_text(prompt: Any, completion: Any, *, opens_thinking: bool) -> str:
+    """
+    The text of a completion, thinking removed.
+
+    Args:
+        prompt: Its prompt, if known. A string that ends with `<think>` has opened a block of thinking.
+        completion: A string, or a conversation whose last assistant message counts.
+        opens_thinking: Whether every prompt has.
+    """
+    opened = opens_thinking or (isinstance(prompt, str) and prompt.rstrip().endswith(THINK_OPEN))
+    return strip_thinking(completion_text(completion), opened=opened)

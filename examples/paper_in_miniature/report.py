@@ -146,7 +146,7 @@ def table_3(tuned: Tuned) -> Table:
 
 def table_4(tuned: Tuned) -> Table:
     rows, pairs = [], []
-    for feedback in ("environment", "siblings"):
+    for feedback in experiments.BOTH:
         for frequency in (1, 5, 10):
             changes = {} if frequency == 5 else {"overrides": (("e_step_frequency", frequency),)}
             rows.append(row(VPD, feedback, tuned, f"{feedback}, F = {frequency}", **changes))
@@ -200,7 +200,7 @@ def stability() -> Table:
     ]
     pairs = [
         (f"{feedback}: sharpened target, {rate:g}", f"{feedback}: as in the paper, {rate:g}")
-        for feedback in ("environment", "siblings")
+        for feedback in experiments.BOTH
         for rate in experiments.STABILITY_RATES
     ]
     return Table("stability", "Learning rates and remedies", rows, pairs, experiments.FEW)

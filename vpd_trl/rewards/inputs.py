@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..text import THINK_OPEN, completion_text, strip_thinking
+from ..text import answer_text
 
 
 ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -37,12 +37,10 @@ def answer_texts(completions: Sequence[Any], prompts: Sequence[Any] | None, open
         prompts: Their prompts, if known. A string that ends with `<think>` has opened a block of thinking.
         opens_thinking: Whether every prompt has.
     """
-    texts = []
-    for i, completion in enumerate(completions):
-        prompt = prompts[i] if prompts is not None else None
-        opened = opens_thinking or (isinstance(prompt, str) and prompt.rstrip().endswith(THINK_OPEN))
-        texts.append(strip_thinking(completion_text(completion), opened=opened))
-    return texts
+    return [
+        answer_text(None if prompts is None else prompts[i], completion, opens_thinking=opens_thinking)
+        for i, completion in enumerate(completions)
+    ]
 
 
 def reference_answers(

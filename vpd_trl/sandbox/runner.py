@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from ..text import THINK_OPEN, completion_text, strip_thinking
+from ..text import answer_text
 from .cases import CodeTests, parse_tests
 from .extract import extract_code
 from .outcome import Outcome, Status
@@ -113,8 +113,7 @@ class CodeRunner:
         return outcomes
 
     def _text(self, prompt: Any, completion: Any) -> str:
-        opened = self.opens_thinking or (isinstance(prompt, str) and prompt.rstrip().endswith(THINK_OPEN))
-        return strip_thinking(completion_text(completion), opened=opened)
+        return answer_text(prompt, completion, opens_thinking=self.opens_thinking)
 
     def _run(self, programs: list[tuple[str, CodeTests] | None]) -> list[Outcome | None]:
         keys = [None if pair is None else _key(*pair) for pair in programs]
