@@ -17,10 +17,10 @@ from trl import ModelConfig
 
 from tests import tiny
 from vpd_trl import VPDConfig, __version__
+from vpd_trl.checkpoints import last_whole
 from vpd_trl.cli import interrupt, main
 from vpd_trl.cli.arguments import TaskArguments
 from vpd_trl.cli.parsing import RecipeParser, parse
-from vpd_trl.cli.train import last_checkpoint
 
 
 ROOT = Path(__file__).parent.parent
@@ -223,7 +223,7 @@ def test_a_run_that_a_signal_stopped_goes_on_as_if_nothing_had_been(recipe, tmp_
     assert vpd_trl(*arguments, "--task_kwargs", '{"interrupt_at": 2}') == 130
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert last_line(capsys).endswith("--resume")
-    assert last_checkpoint(parts).name == "checkpoint-2"
+    assert last_whole(parts).name == "checkpoint-2"
     assert state(parts)["global_step"] == 2
     assert not (parts / "model.safetensors").exists()
     assert vpd_trl(*arguments) == 2
@@ -244,12 +244,12 @@ def test_a_second_signal_stops_at_once(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(interrupt, "SAME_SIGNAL_SECONDS", -1.0)
     assert vpd_trl("train", "--config", recipe.path, "--task_kwargs", '{"interrupt_at": 2, "signals": 2}') == 130
     assert last_line(capsys) == "vpd-trl: interrupted"
-    assert last_checkpoint(tmp_path / "run") is None
+    assert last_whole(tmp_path / "run") is None
 
 
 def test_one_signal_that_arrives_twice_is_one(recipe, tmp_path):
     assert vpd_trl("train", "--config", recipe.path, "--task_kwargs", '{"interrupt_at": 1, "signals": 2}') == 130
-    assert last_checkpoint(tmp_path / "run").name == "checkpoint-1"
+    assert last_whole(tmp_path / "run").name == "checkpoint-1"
 
 
 def test_an_error_of_training_is_one_line_and_exit_code_1_unless_the_traceback_is_asked_for(recipe, capsys):
@@ -261,15 +261,6 @@ def test_an_error_of_training_is_one_line_and_exit_code_1_unless_the_traceback_i
     assert error.strip().split("\n")[-1] == said
     assert vpd_trl(*arguments, "--traceback") == 1
     assert "in _parity" in capsys.readouterr().err
-
-
-def test_a_checkpoint_that_was_not_written_to_its_end_is_not_the_last_one(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-11"):
-        (tmp_path / name).mkdir()
-        if name != "checkpoint-11":
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert last_checkpoint(tmp_path / "none") is None
 
 
 def test_adapters_of_student_and_teacher_have_their_own_form_and_the_student_can_be_evaluated(
@@ -356,7 +347,7 @@ def test_a_signal_from_outside_leaves_a_checkpoint_and_exit_code_130(recipe, tmp
     process.send_signal(number)
     output = finish(process)
     assert process.returncode == 130, output[-3000:]
-    step = state(last_checkpoint(tmp_path / "run"))["global_step"]
+    step = state(last_whole(tmp_path / "run"))["global_step"]
     assert step < 1000
     assert f"stopped after step {step}, saved" in output.strip().split("\n")[-1]
 
@@ -373,7 +364,7 @@ def test_two_processes_agree_on_a_signal_that_one_of_them_got_and_go_on_together
     output = finish(process)
     assert process.returncode != 0
     assert "stopped after step 2, saved" in output
-    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    assert last_whole(tmp_path / "run").name == "checkpoint-2"
     process = start(recipe, "--resume", launcher=launcher)
     output = finish(process)
     assert process.returncode == 0, output[-3000:]

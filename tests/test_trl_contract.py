@@ -31,6 +31,8 @@ HOOKS = [
     (Trainer._get_output_dir, "self trial"),
     (Trainer._push_from_checkpoint, "self checkpoint_folder"),
     (Trainer._load_best_model, "self"),
+    (Trainer.train, "self resume_from_checkpoint trial ignore_keys_for_eval"),
+    (Trainer._load_from_checkpoint, "self resume_from_checkpoint model"),
     (Trainer.evaluate, "self eval_dataset ignore_keys metric_key_prefix"),
     (Trainer.save_model, "self output_dir _internal_call"),
     (Trainer.get_optimizer_cls_and_kwargs, "args model"),

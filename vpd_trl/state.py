@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 STATE_FILE = "vpd_state.pt"
-
-
-def _rollouts_file(trainer: VPDTrainer) -> str:
-    return f"vpd_rollouts_{trainer.accelerator.process_index}.pt"
+ROLLOUTS_FILE = "vpd_rollouts_{}.pt"  # of each process
 
 
 def save(trainer: VPDTrainer, folder: str) -> None:
@@ -34,7 +31,7 @@ def save(trainer: VPDTrainer, folder: str) -> None:
             "batches": trainer._buffered_inputs,
             "e_step_is_pending": trainer._pending_e_step is not None,
         }
-        _write(rollouts, os.path.join(folder, _rollouts_file(trainer)))
+        _write(rollouts, os.path.join(folder, ROLLOUTS_FILE.format(trainer.accelerator.process_index)))
 
 
 def _write(value: Any, path: str) -> None:
@@ -113,7 +110,7 @@ def load(trainer: VPDTrainer, folder: str) -> None:
 
     # Not "if the file exists": a run that reuses the folder may have left one
     if state["within_rollout_batch"]:
-        rollouts = os.path.join(folder, _rollouts_file(trainer))
+        rollouts = os.path.join(folder, ROLLOUTS_FILE.format(trainer.accelerator.process_index))
         # Not `map_location`: torch can't load to the "cpu:0" that accelerate names with several CPU processes
         saved = torch.load(rollouts, map_location="cpu", weights_only=True)
         trainer._buffered_inputs = send_to_device(saved["batches"], trainer.accelerator.device)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import checks, state
+from . import checkpoints, checks, state
 from .advantages import AdvantageShaper
 from .annotate import Annotation, Annotator
 from .batch import Batch
@@ -114,7 +114,7 @@ class VPDTrainer(GRPOTrainer):
     #   get_batch_samples, _prepare_inputs                     when rollouts are collected
     #   _compute_loss, training_step                           the M-step
     #   evaluate                                               evaluations beside TRL's own
-    #   _get_train_sampler, save_model, _save_checkpoint, _push_from_checkpoint,
+    #   train, _get_train_sampler, save_model, _save_checkpoint, _push_from_checkpoint,
     #   _load_optimizer_and_scheduler, _load_best_model        state
 
     _tag_names = ["trl", "vpd"]
@@ -154,6 +154,7 @@ class VPDTrainer(GRPOTrainer):
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = VPDConfig(f"{model_id.split('/')[-1]}-VPD")
         checks.check_config(args)
+        checkpoints.check_folder(args)
         self.parts = args.parts
         self.feedback = None if feedback_fn is None else FeedbackCollector(feedback_fn)
         reward_funcs = checks.check_rewards(args, reward_funcs)
@@ -357,6 +358,12 @@ class VPDTrainer(GRPOTrainer):
 
     # ---- State
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = checkpoints.to_resume(self, resume_from_checkpoint)
+        if checkpoint is not None and checkpoints.is_finished(self, checkpoint):
+            return checkpoints.load_finished(self, checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._save_teacher(output_dir or self.args.output_dir)  # first, as the rest may end in a push to the Hub
         super().save_model(output_dir, _internal_call)
@@ -379,11 +386,13 @@ class VPDTrainer(GRPOTrainer):
         return self._train_sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not self.args.save_only_model:
-            # Before the rest: transformers writes trainer_state.json last, and with it the checkpoint counts as whole
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state.save(self, os.path.join(self._get_output_dir(trial=trial), folder))
-        super()._save_checkpoint(model, trial)
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = os.path.join(self._get_output_dir(trial=trial), folder)
+        with checkpoints.writing(self, folder):
+            if not self.args.save_only_model:
+                # Before the rest: transformers writes trainer_state.json last, and with it the checkpoint is whole
+                state.save(self, folder)
+            super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -10,10 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .. import state
+from ..checkpoints import find_fault, last_whole
 from ..config import VPDConfig
 from ..evaluation import Sampling
 from ..evaluation.results import json_value
@@ -51,11 +50,8 @@ def run(arguments: Sequence[str]) -> None:
     trainer.add_callback(stop)
     if trainer.accelerator.is_main_process:
         write_arguments(task_args, config, model_args)
-    if checkpoint is not None and _is_finished(config, checkpoint):
-        _load_finished(trainer, checkpoint)
-    else:
-        with stop.listening(trainer.accelerator):
-            trainer.train(resume_from_checkpoint=checkpoint)
+    with stop.listening(trainer.accelerator):
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     if not stop.stopped:
         _finish(trainer, task_args)
@@ -139,11 +135,12 @@ def resume_point(task_args: TaskArguments, config: VPDConfig) -> str | None:
         UsageError: If the folder holds checkpoints that a new run would mix its own with, or the checkpoint that is
             named is not one.
     """
-    last = last_checkpoint(config.output_dir)
+    last = last_whole(config.output_dir)
     named = config.resume_from_checkpoint
     if named is not None and str(named).lower() not in ("true", "false"):
-        if not (Path(named) / "trainer_state.json").is_file():
-            raise UsageError(f"resume_from_checkpoint is {named}, which is no folder of a checkpoint.")
+        fault = find_fault(named)
+        if fault is not None:
+            raise UsageError(f"resume_from_checkpoint is {named}, which can't be gone on from: {fault}.")
         return str(named)
     if task_args.resume or str(named).lower() == "true":
         return None if last is None else str(last)
@@ -153,32 +150,6 @@ def resume_point(task_args: TaskArguments, config: VPDConfig) -> str | None:
             "give another --output_dir."
         )
     return None
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the latest step in a folder, of those that were written to their end."""
-    # The trainer's state is the last file of a checkpoint that is written
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdigit()]
-    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def _is_finished(config: VPDConfig, checkpoint: str) -> bool:
-    """Whether a checkpoint is of the last step, after which transformers would train one more."""
-    step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
-    return 0 < config.max_steps <= step
-
-
-def _load_finished(trainer: VPDTrainer, checkpoint: str) -> None:
-    """Bring a trainer to the end of a run that was stopped between its last step and its end."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise UsageError(f"{checkpoint} is of the last step: there is nothing left to train.")
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    best = trainer.state.best_model_checkpoint
-    folder = best if trainer.args.load_best_model_at_end and best is not None else checkpoint
-    trainer._load_from_checkpoint(folder)
-    if trainer.parts.uses_feedback:
-        state.load_teacher(trainer, folder)
 
 
 def _finish(trainer: VPDTrainer, task_args: TaskArguments) -> None:
