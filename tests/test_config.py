@@ -134,7 +134,6 @@ def test_a_method_that_distils_needs_feedback_and_says_what_there_is(tmp_path, m
             ValueError,
             r"this conversation has none; its roles are \['system'\]",
         ),
-        ({"tools": [print]}, ValueError, "tools is not supported with method='vpd' yet"),
         ({"distillation_top_k": 500}, ValueError, r"distillation_top_k \(500\) is above .* vocabulary \(105\)"),
         ({"max_teacher_prompt_length": 510}, ValueError, r"above the model's context \(512\).*at most 506"),
         ({"reward_funcs": []}, ValueError, "at least one reward function"),

@@ -17,7 +17,7 @@ TEMPLATES = {name: DEFAULTS[name] for name in ("teacher_template", "solution_tem
 
 
 def builder(tokenizer, *, kwargs=None, **changes):
-    def tokenize(prompts):
+    def tokenize(prompts, rows=None):
         if isinstance(prompts[0], str):
             return tokenizer(prompts)["input_ids"]
         return tokenizer.apply_chat_template(

@@ -109,7 +109,7 @@ def config(output_dir, **changes: Any) -> VPDConfig:
 def trainer(output_dir, *, tok=None, mdl=None, data=None, **changes: Any) -> VPDTrainer:
     """A trainer on the tiny model; `changes` go to the trainer by name, or else to its config."""
     names = ("feedback_fn", "reward_funcs", "peft_config", "teacher_peft_config", "eval_dataset", "callbacks")
-    names += ("optimizers", "tools", "quantization_config", "evaluation")
+    names += ("optimizers", "tools", "environment_factory", "quantization_config", "evaluation")
     arguments = {name: changes.pop(name) for name in list(changes) if name in names}
     arguments = {"reward_funcs": parity_reward, "feedback_fn": answer_feedback, **arguments}
     tok = tok or tokenizer()

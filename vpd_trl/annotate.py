@@ -11,7 +11,8 @@ from .checks import context_length
 from .feedback.base import Feedback, Generated, Rollout
 from .feedback.collect import FeedbackCollector, group_siblings
 from .processes import meet, stop_together
-from .text import THINK_OPEN, SpecialTokens, completion_text, strip_thinking
+from .text import THINK_OPEN, SpecialTokens
+from .tools import trajectory_text, without_tools
 
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ class Annotation(NamedTuple):
     What is known of the N rollouts of this process beside their tokens.
 
     Attributes:
+        prompts: Theirs, with what their environments added.
         feedback: One per rollout; empty where there is none.
         outcome: (N,) 1 for a success, 0 for a failure, -1 where no reward function scored the rollout.
     """
 
+    prompts: list
     feedback: list[Feedback]
     outcome: torch.Tensor
 
@@ -88,6 +91,7 @@ class Annotator:
                 siblings=siblings,
                 generate=self.generate,
                 special_tokens=self.special_tokens,
+                environments=trainer.environments,
                 trainer_state=trainer.state,
                 log_extra=trainer._log_completion_extra,
                 log_metric=trainer._log_metric,
@@ -95,7 +99,7 @@ class Annotator:
             )
         table = ["\n\n".join(filter(None, (f.solution, f.critique))) or None for f in feedback]
         trainer._log_completion_extra("feedback", table)
-        return Annotation(feedback, torch.where(scored, success.long(), -1))
+        return Annotation(prompts, feedback, torch.where(scored, success.long(), -1))
 
     def generate(self, prompts: list) -> list[Generated]:
         """
@@ -115,7 +119,8 @@ class Annotator:
         answers = [Generated(finished=False) for _ in prompts]
         if not any(counts):
             return answers
-        rows, prompt_ids, fields = self._tokenize_fitting(prompts)
+        with without_tools(trainer):
+            rows, prompt_ids, fields = self._tokenize_fitting(prompts)
         if trainer.use_vllm:
             # A vLLM server takes it that the lists of all processes are equally long, and needs no fields
             prompt_ids = prompt_ids + [[trainer._tokenizer.eos_token_id]] * (max(counts) - len(prompt_ids))
@@ -148,11 +153,10 @@ class Annotator:
         return min(known) - (args.max_completion_length or 0) if known else None
 
     def _answer_texts(self, prompts: list, completions: list) -> list[str]:
-        texts = [completion_text(completion) for completion in completions]
         if not self.trainer.args.strip_thinking:
-            return texts
+            return [trajectory_text(completion, thinking=True) for completion in completions]
         opened = [self._opens_thinking(prompt) for prompt in prompts]
-        return [strip_thinking(text, opened=o) for text, o in zip(texts, opened, strict=True)]
+        return [trajectory_text(c, thinking=False, opened=o) for c, o in zip(completions, opened, strict=True)]
 
     def _opens_thinking(self, prompt: Any) -> bool:
         """Whether the prompt, as the model sees it, ends inside a `<think>` block."""

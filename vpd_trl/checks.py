@@ -42,7 +42,7 @@ def check_config(args: Any) -> None:
         )
 
 
-def check_rewards(args: VPDConfig, reward_funcs: Any) -> Any:
+def check_rewards(args: VPDConfig, reward_funcs: Any, environment_factory: Any = None) -> Any:
     """
     The reward functions, or one that is always 0 where none are needed.
 
@@ -51,6 +51,8 @@ def check_rewards(args: VPDConfig, reward_funcs: Any) -> Any:
     """
     if reward_funcs is not None and reward_funcs != []:
         return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs
+    if environment_factory is not None:  # it may own the reward; TRL looks
+        return []
     if args.parts.refines_teacher or (args.parts.uses_feedback and args.parts.policy_gradient):
         raise ValueError(
             f"method={args.method!r} learns from successes and failures, so it needs at least one reward function. To "
@@ -67,7 +69,7 @@ def check_arguments(
     *,
     quantization_config: Any,
     teacher_peft_config: Any,
-    unsupported: dict[str, Any],
+    environment_factory: Any,
 ) -> None:
     """
     Check what is known before the model is loaded.
@@ -87,9 +89,6 @@ def check_arguments(
             f"method={args.method!r} learns from feedback, so it needs feedback_fn: {_SHIPPED}, or write a function "
             "that returns one str, Feedback or None per rollout. Without feedback, use method='grpo'."
         )
-    for name, value in unsupported.items():
-        if value:
-            raise ValueError(f"{name} is not supported with method={args.method!r} yet; use method='grpo'.")
     quantization = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     four_bit = getattr(quantization, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False)
     if args.use_vllm and four_bit:
@@ -99,8 +98,8 @@ def check_arguments(
         )
     columns = getattr(dataset, "column_names", None)
     if columns is not None:  # a stream may not know
-        _check_columns(args, columns, feedback)
-    if isinstance(dataset, Dataset):
+        _check_columns(args, columns, feedback, environment_factory)
+    if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
         check_prompt(dataset[0]["prompt"])
 
 
@@ -130,8 +129,10 @@ def _check_teacher(args: VPDConfig, teacher_peft_config: Any) -> None:
         check_adapter_config(teacher_peft_config)
 
 
-def _check_columns(args: VPDConfig, columns: Sequence[str], feedback: FeedbackCollector) -> None:
-    if "prompt" not in columns:
+def _check_columns(
+    args: VPDConfig, columns: Sequence[str], feedback: FeedbackCollector, environment_factory: Any
+) -> None:
+    if "prompt" not in columns and environment_factory is None:
         raise ValueError(f"The data set needs a column 'prompt'; it has {', '.join(columns) or 'none'}.")
     images = sorted({"image", "images"} & set(columns))
     if images:

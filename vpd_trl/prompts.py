@@ -65,7 +65,7 @@ class TeacherPromptBuilder:
     Args:
         tokenizer: The tokenizer, for its special tokens and to cut feedback.
         tokenize: Turns prompts into token ids exactly as the student's prompts are tokenised, generation prompt
-            included: `tokenize(prompts) -> list of id lists`.
+            included: `tokenize(prompts, rows) -> list of id lists`; `rows` says which rollouts of the batch they are of.
         teacher_template: As in `VPDConfig`; `None` picks one by the prompt's form.
         solution_template: As in `VPDConfig`.
         critique_template: As in `VPDConfig`.
@@ -76,7 +76,7 @@ class TeacherPromptBuilder:
     def __init__(
         self,
         tokenizer: Any,
-        tokenize: Callable[[list[Prompt]], list[list[int]]],
+        tokenize: Callable[[list[Prompt], list[int]], list[list[int]]],
         *,
         teacher_template: str | None = None,
         solution_template: str,
@@ -104,12 +104,12 @@ class TeacherPromptBuilder:
         built: list[TeacherPrompt | None] = [None] * len(prompts)
         if not rows:
             return built
-        ids = self.tokenize([self.render(prompts[i], cleaned[i]) for i in rows])
+        ids = self.tokenize([self.render(prompts[i], cleaned[i]) for i in rows], rows)
         for i, row_ids in zip(rows, ids, strict=True):
             if self.max_length is None or len(row_ids) <= self.max_length:
                 built[i] = TeacherPrompt(list(row_ids))
             else:
-                built[i] = self._cut_to_length(prompts[i], cleaned[i])
+                built[i] = self._cut_to_length(i, prompts[i], cleaned[i])
         return built
 
     def clean(self, feedback: Feedback | None) -> Feedback:
@@ -140,19 +140,19 @@ class TeacherPromptBuilder:
         text = fill(template, prompt=text_of(prompt[turn]["content"]), solution=solution, critique=critique)
         return [*prompt[:turn], with_text(prompt[turn], text), *prompt[turn + 1 :]]
 
-    def _cut_to_length(self, prompt: Prompt, feedback: Feedback) -> TeacherPrompt | None:
+    def _cut_to_length(self, row: int, prompt: Prompt, feedback: Feedback) -> TeacherPrompt | None:
         """The prompt with as much feedback as fits, of both sections or of one alone; `None` if none fits."""
-        best = self._longest_cut(prompt, feedback)
+        best = self._longest_cut(row, prompt, feedback)
         if feedback.solution and feedback.critique:
             alone = [replace(feedback, critique=None), replace(feedback, solution=None)]
-            single = max((self._longest_cut(prompt, one) for one in alone), key=lambda cut: cut[0])
+            single = max((self._longest_cut(row, prompt, one) for one in alone), key=lambda cut: cut[0])
             # The second section costs its header: not worth it where little is left to show
             if best[0] < single[0] / 2:
                 best = single
         kept, ids = best
         return TeacherPrompt(ids, cut=True) if kept else None
 
-    def _longest_cut(self, prompt: Prompt, feedback: Feedback) -> tuple[int, list[int]]:
+    def _longest_cut(self, row: int, prompt: Prompt, feedback: Feedback) -> tuple[int, list[int]]:
         """How many tokens of this feedback fit at most, by bisection, and the token ids of the prompt with them."""
         sections = {
             name: self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -171,7 +171,7 @@ class TeacherPromptBuilder:
             if any(getattr(shown, name) is None for name in sections):
                 low = kept + 1
                 continue
-            ids = self.tokenize([self.render(prompt, shown)])[0]
+            ids = self.tokenize([self.render(prompt, shown)], [row])[0]
             if self.max_length is None or len(ids) <= self.max_length:
                 best, low = (kept, list(ids)), kept + 1
             else:

@@ -10,7 +10,8 @@ from trl.trainer.utils import pad
 from .batch import Batch, loss_mask
 from .feedback import Feedback
 from .metrics import Means
-from .prompts import TeacherPromptBuilder
+from .prompts import Prompt, TeacherPromptBuilder
+from .tools import tools_of
 
 
 if TYPE_CHECKING:
@@ -23,12 +24,24 @@ class TeacherInputs:
 
     Args:
         trainer: The trainer.
-        prompt_builder: Makes the prompts.
+        max_length: The longest prompt in tokens, or `None`.
     """
 
-    def __init__(self, trainer: VPDTrainer, prompt_builder: TeacherPromptBuilder) -> None:
-        self.trainer = trainer
-        self.prompt_builder = prompt_builder
+    def __init__(self, trainer: VPDTrainer, max_length: int | None) -> None:
+        self.trainer, args = trainer, trainer.args
+        self.prompt_builder = TeacherPromptBuilder(
+            trainer._tokenizer,
+            self._tokenize,
+            teacher_template=args.teacher_template,
+            solution_template=args.solution_template,
+            critique_template=args.critique_template,
+            strip_thinking=args.strip_thinking,
+            max_length=max_length,
+        )
+
+    def _tokenize(self, prompts: list[Prompt], rows: list[int]) -> list[list[int]]:
+        with tools_of(self.trainer, rows):
+            return self.trainer._tokenize_prompts(prompts)[0]
 
     def __call__(self, prompts: list, feedback: list[Feedback], batch: Batch) -> Batch:
         """The teacher's prompts, left-padded (N, P), which rows have feedback (N,), and the M-step's denominator ()."""

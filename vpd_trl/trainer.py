@@ -28,7 +28,7 @@ from .feedback import FeedbackFn
 from .feedback.collect import FeedbackCollector
 from .m_step import MStep
 from .processes import stop_together
-from .prompts import TeacherPromptBuilder, check_prompt
+from .prompts import check_prompt
 from .scoring import Scorer
 from .teacher import TEACHER_FOLDER, make_prior, make_teacher
 from .teacher_inputs import TeacherInputs
@@ -106,7 +106,7 @@ class VPDTrainer(GRPOTrainer):
         ValueError, TypeError:
             At construction, for what can be known to be wrong or is not supported then: no `feedback_fn`, a data set
             without prompts or smaller than one rollout batch, columns that clash with the keywords of feedback
-            functions, images, tools or environments with a method that distils, …
+            functions, images with a method that distils, …
     """
 
     # Hooks of TRL and transformers that this class overrides; tests/test_trl_contract.py holds them to their form:
@@ -157,7 +157,7 @@ class VPDTrainer(GRPOTrainer):
         checkpoints.check_folder(args)
         self.parts = args.parts
         self.feedback = None if feedback_fn is None else FeedbackCollector(feedback_fn)
-        reward_funcs = checks.check_rewards(args, reward_funcs)
+        reward_funcs = checks.check_rewards(args, reward_funcs, environment_factory)
         checks.check_arguments(
             args,
             model,
@@ -165,7 +165,7 @@ class VPDTrainer(GRPOTrainer):
             train_dataset,
             quantization_config=quantization_config,
             teacher_peft_config=teacher_peft_config,
-            unsupported={"tools": tools, "environment_factory": environment_factory},
+            environment_factory=environment_factory,
         )
         super().__init__(
             model=model,
@@ -216,16 +216,7 @@ class VPDTrainer(GRPOTrainer):
         self.shape_advantages = AdvantageShaper(self)
         assert self.feedback is not None
         self.annotator = Annotator(self, self.feedback)
-        self.prompt_builder = TeacherPromptBuilder(
-            self._tokenizer,
-            lambda prompts: self._tokenize_prompts(prompts)[0],
-            teacher_template=args.teacher_template,
-            solution_template=args.solution_template,
-            critique_template=args.critique_template,
-            strip_thinking=args.strip_thinking,
-            max_length=checks.teacher_prompt_length(self),
-        )
-        self.teacher_inputs = TeacherInputs(self, self.prompt_builder)
+        self.teacher_inputs = TeacherInputs(self, checks.teacher_prompt_length(self))
         self.add_callback(_OptimizerStepCallback(self))
 
     # ---- When: rollouts are collected, and the E-step runs, before an optimizer step begins
@@ -291,14 +282,14 @@ class VPDTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         with stop_together(self.accelerator):
             for row in inputs:
-                check_prompt(row["prompt"])
+                if "prompt" in row:  # else it comes from the environment
+                    check_prompt(row["prompt"])
         self._rollout_start = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)
         assert self._annotation is not None
-        feedback, outcome = self._annotation
-        self._annotation = None
-        batch.update(self.teacher_inputs([row["prompt"] for row in inputs], feedback, batch))
-        batch["outcome"] = outcome
+        annotation, self._annotation = self._annotation, None
+        batch.update(self.teacher_inputs(annotation.prompts, annotation.feedback, batch))
+        batch["outcome"] = annotation.outcome
         if self.kl_weight and self.args.m_step_importance_clip is not None:
             # Under a name of its own: GRPO's loss would take it too
             old_logps = batch.get("old_per_token_logps")

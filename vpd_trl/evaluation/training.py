@@ -61,7 +61,9 @@ class TrainingEvaluation:
         self.trainer = trainer
         longest = trainer.args.max_completion_length
         self.evaluations = {name: _no_longer_than(longest, evaluation) for name, evaluation in several.items()}
-        unsupported = [name for name in ("tools", "environments", "rollout_func") if getattr(trainer, name, None)]
+        unsupported = [
+            name for name in ("tools", "environment_factories", "rollout_func") if getattr(trainer, name, None)
+        ]
         if unsupported:
             raise ValueError(f"evaluation is not supported with {' and '.join(unsupported)}; use eval_dataset alone.")
         self._check_best_metric()

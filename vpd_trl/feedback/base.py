@@ -38,7 +38,8 @@ class Rollout:
     What a feedback function can learn of another rollout of the same group.
 
     Attributes:
-        text: Its answer as text, thinking removed (unless `strip_thinking=False`).
+        text: Its answer as text, thinking removed (unless `strip_thinking=False`); with tools, their calls and results
+            too.
         reward: Its reward, the weighted sum over the reward functions; `None` if none of them scored it.
         success: Whether the reward is at least `success_threshold`.
     """
@@ -84,7 +85,7 @@ class FeedbackFn(Protocol):
         completions (`list`): The N completions, as a reward function gets them.
         rewards (`list[float | None]`): The weighted sum over the reward functions; `None` where none scored.
         completion_ids (`list[list[int]]`): The sampled token ids.
-        texts (`list[str]`): The completions as text, thinking removed.
+        texts (`list[str]`): The completions as text, thinking removed; with tools, their calls and results too.
         successes (`list[bool]`): Whether each reward is at least `success_threshold`.
         siblings (`list[list[Rollout]]`): The other rollouts of each one's group, also those on other processes.
         generate (`Callable[[list], list[Generated]]`): Samples one answer per prompt from the current student through
@@ -92,6 +93,7 @@ class FeedbackFn(Protocol):
             often; the list may be empty. An answer is a `str` that knows whether it is `finished` ([`Generated`]).
         special_tokens (`SpecialTokens`): `escape` makes the special tokens in a text harmless, `fill` fills a template
             with such texts: for prompts that show what a model or somebody else wrote.
+        environments (`list | None`): The environment of each rollout, with `environment_factory`.
         trainer_state (`~transformers.TrainerState`): The trainer's state.
         log_extra (`Callable[[str, list], None]`): Adds a column to the completions table.
         log_metric (`Callable[[str, float], None]`): Logs a number.
@@ -117,6 +119,7 @@ RESERVED_KEYWORDS = (
     "siblings",
     "generate",
     "special_tokens",
+    "environments",
     "trainer_state",
     "log_extra",
     "log_metric",
