@@ -119,11 +119,6 @@ def test_a_method_that_distils_needs_feedback_and_says_what_there_is(tmp_path, m
         ({"data": Dataset.from_dict({"question": ["a"] * 9})}, ValueError, "needs a column 'prompt'; it has question"),
         ({"data": tiny.dataset(1)}, ValueError, r"has 1 prompts, but one rollout batch takes 2"),
         (
-            {"data": Dataset.from_dict({"prompt": ["a"] * 9, "image": ["b"] * 9})},
-            ValueError,
-            r"has images \(image\)",
-        ),
-        (
             {"data": Dataset.from_dict({"prompt": ["a"] * 9, "texts": ["b"] * 9, "answer": ["c"] * 9})},
             ValueError,
             r"columns \['texts'\]",

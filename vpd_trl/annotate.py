@@ -120,11 +120,13 @@ class Annotator:
         if not any(counts):
             return answers
         with without_tools(trainer):
-            rows, prompt_ids, fields = self._tokenize_fitting(prompts)
+            rows, prompt_ids, images, fields = self._tokenize_fitting(prompts)
         if trainer.use_vllm:
             # A vLLM server takes it that the lists of all processes are equally long, and needs no fields
-            prompt_ids = prompt_ids + [[trainer._tokenizer.eos_token_id]] * (max(counts) - len(prompt_ids))
-        completion_ids, _ = trainer._generate_single_turn(prompt_ids, None, fields, num_generations=1)
+            fillers = max(counts) - len(prompt_ids)
+            prompt_ids = prompt_ids + [[trainer._tokenizer.eos_token_id]] * fillers
+            images = None if images is None else images + [None] * fillers
+        completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, num_generations=1)
         # As TRL tells truncated completions: after an end of its own a row is padded
         ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
         for i, ids in zip(rows, completion_ids[: len(rows)], strict=True):  # fillers come last
@@ -133,17 +135,17 @@ class Annotator:
             answers[i] = Generated(opened + text, finished=bool(ids) and ids[-1] in ends)
         return answers
 
-    def _tokenize_fitting(self, prompts: list) -> tuple[list[int], list[list[int]], dict[str, Any]]:
-        """The prompts that leave room for an answer: which ones, their token ids, and what else the model takes."""
+    def _tokenize_fitting(self, prompts: list) -> tuple[list[int], list[list[int]], Any, dict[str, Any]]:
+        """Prompts that leave room for an answer: which ones, token ids, images, and what else the model takes."""
         trainer, rows = self.trainer, list(range(len(prompts)))
         # An engine that works on all processes together needs something to do on each
         filler = [trainer._tokenizer.eos_token]
-        prompt_ids, _, fields = trainer._tokenize_prompts(list(prompts) or filler)
+        prompt_ids, images, fields = trainer._tokenize_prompts(list(prompts) or filler)
         room = self._prompt_room()
         if rows and room is not None and any(len(ids) > room for ids in prompt_ids):
             rows = [i for i, ids in enumerate(prompt_ids) if len(ids) <= room]
-            prompt_ids, _, fields = trainer._tokenize_prompts([prompts[i] for i in rows] or filler)
-        return rows, prompt_ids, fields
+            prompt_ids, images, fields = trainer._tokenize_prompts([prompts[i] for i in rows] or filler)
+        return rows, prompt_ids, images, fields
 
     def _prompt_room(self) -> int | None:
         """The longest prompt that can be answered, in tokens; `None` if there is no limit."""

@@ -5,14 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 
 Batch = dict[str, Any]
 
 
+# What a vision-language model takes beside token ids, and what says which rows it belongs to
+IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_position_ids",
+    "image_sizes",
+    "pixel_attention_mask",
+    "spatial_shapes",
+)
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
 def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
-    """Some rows of a batch; 0-dim tensors stay."""
-    return {key: v[rows] if isinstance(v, torch.Tensor) and v.ndim else v for key, v in batch.items()}
+    """Some rows of a batch, with their images; 0-dim tensors stay."""
+    indices = list(range(len(batch["completion_ids"])))[rows] if isinstance(rows, slice) else rows.tolist()
+    some: Batch = {}
+    for key, value in split_pixel_values_by_grid(batch).items():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            some[key] = value[rows]
+        elif isinstance(value, list):  # one entry per row
+            some[key] = [value[i] for i in indices]
+        else:
+            some[key] = value
+    return unsplit_pixel_values_by_grid(some)
 
 
 def pieces_of(batch: Batch, size: int) -> list[Batch]:

@@ -98,7 +98,7 @@ def check_arguments(
         )
     columns = getattr(dataset, "column_names", None)
     if columns is not None:  # a stream may not know
-        _check_columns(args, columns, feedback, environment_factory)
+        _check_columns(columns, feedback, environment_factory)
     if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
         check_prompt(dataset[0]["prompt"])
 
@@ -129,17 +129,9 @@ def _check_teacher(args: VPDConfig, teacher_peft_config: Any) -> None:
         check_adapter_config(teacher_peft_config)
 
 
-def _check_columns(
-    args: VPDConfig, columns: Sequence[str], feedback: FeedbackCollector, environment_factory: Any
-) -> None:
+def _check_columns(columns: Sequence[str], feedback: FeedbackCollector, environment_factory: Any) -> None:
     if "prompt" not in columns and environment_factory is None:
         raise ValueError(f"The data set needs a column 'prompt'; it has {', '.join(columns) or 'none'}.")
-    images = sorted({"image", "images"} & set(columns))
-    if images:
-        raise ValueError(
-            f"The data set has images ({', '.join(images)}), which the teacher can't be shown yet with "
-            f"method={args.method!r}. Remove the column, or use method='grpo'."
-        )
     feedback.check_columns(columns)
 
 
@@ -151,10 +143,12 @@ def check_model(trainer: VPDTrainer) -> None:
         ValueError: If it is not supported.
     """
     args, model = trainer.args, trainer.model
-    if trainer._is_vlm:
+    images = {"image", "images"} & set(getattr(trainer.train_dataset, "column_names", None) or ())
+    if images and not trainer._is_vlm:
         raise ValueError(
-            f"method={args.method!r} does not support vision-language models yet: pass the tokenizer as "
-            "processing_class to train on text alone, or use method='grpo'."
+            f"The data set has images ({', '.join(sorted(images))}), but the model is shown text alone: "
+            f"{type(trainer.processing_class).__name__} is no processor of a vision-language model. Remove the column, or "
+            "use such a model with its own processor."
         )
     if is_peft_model(model):
         from peft import PromptLearningConfig

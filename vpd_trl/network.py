@@ -20,7 +20,7 @@ def causal_lm(model: Any) -> Any:
 
 
 def completion_hidden_states(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int, **images: torch.Tensor
 ) -> torch.Tensor:
     """
     Hidden states (B, T, H) before the head that predict the last T = `completion_length` tokens of each row.
@@ -30,9 +30,11 @@ def completion_hidden_states(
         input_ids: (B, P + T) token ids, the prompt on the left.
         attention_mask: (B, P + T).
         completion_length: T.
+        **images: What a vision-language model takes beside these.
     """
     # `base_model` of a transformers model is what stands before the head
-    output = causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
+    output = causal_lm(model).base_model(**inputs, use_cache=False)
     return output.last_hidden_state[:, -completion_length - 1 : -1]
 
 

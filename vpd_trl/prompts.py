@@ -28,7 +28,7 @@ def check_prompt(prompt: Any) -> None:
 
     Raises:
         TypeError: If it is neither a string nor a list of messages.
-        ValueError: If it is a conversation without a user turn, or with an image in it.
+        ValueError: If it is a conversation without a user turn, or with something else than text and images in it.
     """
     if isinstance(prompt, str):
         return
@@ -43,10 +43,9 @@ def check_prompt(prompt: Any) -> None:
     for message in prompt:
         content = message.get("content")
         kinds = {part.get("type") for part in content} if isinstance(content, list) else set()
-        if kinds - {"text"}:
+        if kinds - {"text", "image"}:
             raise ValueError(
-                f"Only text can be shown to the teacher so far; a message has parts of type {sorted(map(str, kinds))}. "
-                "Use method='grpo' for prompts with images."
+                f"Only text and images can be shown to the teacher; a message has parts of type {sorted(map(str, kinds))}."
             )
 
 

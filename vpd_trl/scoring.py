@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.models.utils import _ForwardRedirection
 
-from .batch import Batch, loss_mask, pieces_of
+from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of
 from .losses import Head, TokenDivergence, fused_divergence, sequence_log_ratio, topk_divergence
 from .network import completion_hidden_states, head_of, scoring_mode
 
@@ -102,8 +102,32 @@ class Scorer:
         input_ids = torch.cat([batch[f"{prefix}_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch[f"{prefix}_mask"], batch["completion_mask"]], dim=1)
         with self.trainer.accelerator.autocast():
-            hidden = completion_hidden_states(model, input_ids, attention_mask, mask.size(1))[mask]
+            images = self._images(batch, input_ids, teacher=teacher)
+            hidden = completion_hidden_states(model, input_ids, attention_mask, mask.size(1), **images)[mask]
         return hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
+
+    def _images(self, batch: Batch, input_ids: torch.Tensor, *, teacher: bool) -> dict[str, torch.Tensor]:
+        """What a vision-language model takes beside token ids (B, P + T): the same images for student and teacher."""
+        inputs = {name: batch[name] for name in IMAGES if name in batch}
+        if "pixel_values" in inputs and not inputs["pixel_values"].numel():  # no row here has an image
+            inputs = {}
+        for name in TOKEN_TYPES:
+            if name in batch and not teacher:
+                inputs[name] = batch[name]
+            elif name in batch:
+                prompt = batch["teacher_prompt_ids"].size(1)
+                inputs[name] = self._token_types(batch, name, input_ids, prompt)
+        return inputs
+
+    @staticmethod
+    def _token_types(batch: Batch, name: str, input_ids: torch.Tensor, prompt: int) -> torch.Tensor:
+        """Token types (B, P + T) of the teacher's input: in its prompt as the student's prompt has them, then 0."""
+        student_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        types = torch.zeros_like(input_ids, dtype=batch[name].dtype)
+        for kind in batch[name].unique():
+            if kind != 0:
+                types[:, :prompt][torch.isin(input_ids[:, :prompt], student_ids[batch[name] == kind])] = kind
+        return types
 
     def _head(self, model: Any) -> Head:
         return head_of(model, temperature=self.trainer.temperature, float32=self.args.cast_lm_head_to_fp32)

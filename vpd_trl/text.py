@@ -67,8 +67,18 @@ def last_user_turn(conversation: list[dict[str, Any]]) -> int:
 
 
 def with_text(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """The message with another text, its content a string or a list of parts as before."""
-    return {**message, "content": [{"type": "text", "text": text}] if isinstance(message["content"], list) else text}
+    """The message with another text, its content a string or a list of parts as before; images keep their places."""
+    if not isinstance(message["content"], list):
+        return {**message, "content": text}
+    parts: list[dict[str, Any]] = []
+    for part in message["content"]:
+        if part.get("type") != "text":
+            parts.append(part)
+        elif not any(kept.get("type") == "text" for kept in parts):
+            parts.append({"type": "text", "text": text})
+    if not any(part.get("type") == "text" for part in parts):
+        parts.append({"type": "text", "text": text})
+    return {**message, "content": parts}
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:

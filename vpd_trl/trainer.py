@@ -106,7 +106,7 @@ class VPDTrainer(GRPOTrainer):
         ValueError, TypeError:
             At construction, for what can be known to be wrong or is not supported then: no `feedback_fn`, a data set
             without prompts or smaller than one rollout batch, columns that clash with the keywords of feedback
-            functions, images with a method that distils, …
+            functions, images for a model of text alone, …
     """
 
     # Hooks of TRL and transformers that this class overrides; tests/test_trl_contract.py holds them to their form:

@@ -1,0 +1,53 @@
+"""
+A real vLLM samples for the trainer: always from the student as it is, whatever the E-step and the teacher do.
+
+Needs an environment with vLLM (README, "Where it runs"); `make test-vllm` makes one for a CPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.vllm
+
+SCRIPT = Path(__file__).parent / "vllm_script.py"
+CLOSE, APART = 5e-3, 2e-2  # nats: what two implementations differ by, and what one update makes
+
+
+def run(scenario, folder):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    # A process each: an engine's memory comes back with its process alone
+    command = [sys.executable, str(SCRIPT), scenario, str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "scenario", ["shared", "ema", "lora_teacher", "lora_student_and_teacher", "two_batches_in_a_step"]
+)
+def test_rollouts_come_from_the_student_as_it_is(tmp_path, scenario):
+    result = run(scenario, tmp_path)
+    records = result["records"]
+    assert len(records) == (6 if scenario == "two_batches_in_a_step" else 3)
+    for record in records:
+        assert record["tokens"] > 20
+        assert record["student"] < CLOSE, "sampling's log-probabilities are the trainer's"
+    for record in records[1:]:
+        assert record["initial"] > APART
+        if scenario in ("shared", "ema", "two_batches_in_a_step"):
+            assert record["before_e_step"] > APART
+        if scenario != "shared" and scenario != "two_batches_in_a_step":
+            assert record["teacher"] > APART, "the teacher has weights of its own, which vLLM must not have"
+    assert result["final"] < CLOSE
+    log = result["log"]
+    assert [row["step"] for row in log if "e_step/loss" in row] == [1, 2, 3]
+    assert any("eval_avg@2" in row for row in log)
+    if scenario == "shared":
+        assert all(0 <= row["feedback/critique_discarded"] <= 1 for row in log if "m_step/tokens" in row)
