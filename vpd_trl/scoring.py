@@ -121,12 +121,14 @@ class Scorer:
 
     @staticmethod
     def _token_types(batch: Batch, name: str, input_ids: torch.Tensor, prompt: int) -> torch.Tensor:
-        """Token types (B, P + T) of the teacher's input: in its prompt as the student's prompt has them, then 0."""
-        student_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        """Token types (B, P + T) of the teacher's input: what the student's prompt shows as an image is one here too."""
         types = torch.zeros_like(input_ids, dtype=batch[name].dtype)
+        student_prompt = batch["prompt_ids"].size(1)
+        types[:, prompt:] = batch[name][:, student_prompt:]
         for kind in batch[name].unique():
             if kind != 0:
-                types[:, :prompt][torch.isin(input_ids[:, :prompt], student_ids[batch[name] == kind])] = kind
+                shown = batch["prompt_ids"][batch[name][:, :student_prompt] == kind]
+                types[:, :prompt][torch.isin(input_ids[:, :prompt], shown)] = kind
         return types
 
     def _head(self, model: Any) -> Head:
