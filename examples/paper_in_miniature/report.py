@@ -157,10 +157,12 @@ def table_4(tuned: Tuned) -> Table:
 def table_5(tuned: Tuned) -> Table:
     few, long = experiments.FEW, experiments.LONG
     rows = [
-        row(VPD, "environment", tuned, "dynamic prior", domains=few, steps=long),
-        row(VPD, "environment", tuned, "fixed prior", domains=few, steps=long, overrides=experiments.FIXED_PRIOR),
+        row(VPD, "environment", tuned, name, domains=few, steps=long, overrides=overrides)
+        for name, overrides in experiments.PRIORS.items()
     ]
-    return Table("table_5", f"The prior, after {long} steps", rows, [("dynamic prior", "fixed prior")], few)
+    pairs = [("dynamic prior", "fixed prior")]
+    pairs += [(name, f"{name}, lagging shift") for name in ("dynamic prior", "fixed prior")]
+    return Table("table_5", f"The prior, after {long} steps", rows, pairs, few)
 
 
 def figure_2(tuned: Tuned) -> Table:
