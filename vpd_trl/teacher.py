@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import DistributedType
 from torch import nn
 
 
@@ -141,44 +140,18 @@ class SharedTeacher:
         limit = self.trainer.args.max_grad_norm
         return limit if limit > 0 else float("inf")
 
-    @contextmanager
-    def accumulate(self, *, last: bool) -> Iterator[None]:
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients are reduced over processes in the last one only, as transformers does."""
-        accelerator = self.trainer.accelerator
-        state = accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(last)
-        every = state.plugin_kwargs.get("sync_each_batch", False)
-        whole = last or every or accelerator.distributed_type == DistributedType.DEEPSPEED
-        try:
-            with nullcontext() if whole else accelerator.no_sync(self.trainer.model_wrapped):
-                yield
-        finally:
-            state._set_sync_gradients(before)
+        return self.trainer.engine.accumulate(last=last)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss whose gradients are to be averaged over processes."""
-        self.trainer.accelerator.backward(loss)
+        self.trainer.engine.backward(loss)
 
     def update(self) -> float:
         """Take a step of the optimizer, leave no gradients, and return their norm before clipping."""
-        trainer = self.trainer
-        with self._synchronized(), self._scaled_learning_rate():
-            grad_norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), self.max_grad_norm)
-            trainer.optimizer.step()
-            trainer.model_wrapped.zero_grad()
-        return float(grad_norm) if grad_norm is not None else float("nan")
-
-    @contextmanager
-    def _synchronized(self) -> Iterator[None]:
-        """An accumulation window of the E-step's own ends here; the student's flag comes back afterwards."""
-        state = self.trainer.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(True)
-        try:
-            yield
-        finally:
-            state._set_sync_gradients(before)
+        with self._scaled_learning_rate():
+            return self.trainer.engine.step(self.max_grad_norm)
 
     @contextmanager
     def _scaled_learning_rate(self) -> Iterator[None]:
