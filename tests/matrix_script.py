@@ -104,17 +104,18 @@ def main(method, student, folder, phases):
         for phase in phases.split(","):
             results["phase"] = phase
             torch.save(results, path)
-            more = {"max_steps": 2}
+            more: dict = {"max_steps": 2}
             if phase == "whole":
-                more = {"save_strategy": "steps", "save_steps": 2} if world > 1 else {}
-            elif phase == "resumed":
                 more = {}
+            elif phase in ("saved", "resumed"):
+                more = {"optim": "adamw_torch", "learning_rate": 1e-3, "e_step_learning_rate": None}
+                more |= {"save_strategy": "steps", "save_steps": 2}
             elif phase == "no_feedback_on_one":
                 more["feedback_fn"] = lambda prompts, **k: [None if rank else "text"] * len(prompts)
             elif phase == "no_success_on_one":
                 more["reward_funcs"] = lambda prompts, **k: [float(rank == 0 and i % 2) for i in range(len(prompts))]
-            trainer = build(method, student, run if phase in ("whole", "resumed") else f"{run}_{phase}", world, **more)
-            trainer.train(resume_from_checkpoint=f"{run}/checkpoint-2" if phase == "resumed" else None)
+            trainer = build(method, student, run if phase == "resumed" else f"{run}_{phase}", world, **more)
+            trainer.train(resume_from_checkpoint=f"{run}_saved/checkpoint-2" if phase == "resumed" else None)
             results[phase] = outcome(trainer)
             trainer.accelerator.free_memory()
             del trainer

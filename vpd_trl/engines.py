@@ -60,7 +60,7 @@ class Engine:
             grad_norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), max_grad_norm)
             trainer.optimizer.step()
             trainer.model_wrapped.zero_grad()
-        return float(grad_norm)
+        return float(grad_norm) if grad_norm is not None else float("nan")
 
     @contextmanager
     def _sync_gradients(self, value: bool) -> Iterator[None]:
@@ -90,6 +90,10 @@ class Engine:
         """What this process holds of a whole tensor that is to be split as a weight is."""
         return whole
 
+    def kept(self, weight: torch.Tensor) -> torch.Tensor:
+        """The value of a weight within its module's forward pass, without gradient, for when that is over."""
+        return weight.detach()
+
 
 class FSDP2Engine(Engine):
     """PyTorch's `fully_shard`: weights are distributed tensors, and whole only while their modules run."""
@@ -103,6 +107,9 @@ class FSDP2Engine(Engine):
         # compute in it all the same, and so hidden states stay in it without a cast
         if getattr(plugin.mixed_precision_policy, "output_dtype", None) is not None:
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+    def kept(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.detach().clone()
 
     def settle(self) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -118,9 +125,9 @@ class FSDP2Engine(Engine):
     def whole(self, parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         if not isinstance(parameter, DTensor):
             return part
-        layout = {"shape": parameter.size(), "stride": parameter.stride()}
-        device = parameter.device_mesh.device_type  # its collectives can't reach weights that are kept on CPUs
-        split = DTensor.from_local(part.to(device), parameter.device_mesh, parameter.placements, **layout)
+        mesh, size = parameter.device_mesh, parameter.size()
+        part = part.to(mesh.device_type)  # its collectives can't reach weights that are kept on CPUs
+        split = DTensor.from_local(part, mesh, parameter.placements, shape=size, stride=parameter.stride())
         return split.full_tensor()
 
     def part_of(self, parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
@@ -171,6 +178,11 @@ class ZeRO3Engine(DeepSpeedEngine):
     """DeepSpeed ZeRO-3: weights are empty but while their modules run; each process holds a slice of them, flat."""
 
     shards_weights = True
+
+    def kept(self, weight: Any) -> torch.Tensor:
+        copy: Any = weight.detach().clone()
+        copy.ds_status = weight.ds_status  # TRL's losses ask each weight whether it is whole
+        return copy
 
     def settle(self) -> None:
         self.engine.optimizer.parameter_offload.partition_all_parameters()

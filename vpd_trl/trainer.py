@@ -210,7 +210,7 @@ class VPDTrainer(GRPOTrainer):
         checks.check_model(self)
         self.engine = make_engine(self)
         self.teacher = make_teacher(self, teacher_peft_config)
-        self.prior = make_prior(self.model, args.prior)
+        self.prior = make_prior(self)
         self.scorer = Scorer(self)
         self.e_step = EStep(self)
         self.m_step = MStep(self)
@@ -389,5 +389,4 @@ class VPDTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state.load(self, checkpoint)
+        state.begin(self, checkpoint)
