@@ -360,7 +360,7 @@ def test_the_teachers_head_is_the_averages_too(tmp_path):
 
 
 def test_an_average_of_rate_one_tenth_keeps_nine_tenths(model):
-    teacher = EMATeacher(SimpleNamespace(model=model), 0.1)
+    teacher = EMATeacher(SimpleNamespace(model=model, engine=None), 0.1)
     old = {k: v.clone() for k, v in teacher.average.weights.items()}
     with torch.no_grad():
         for p in model.parameters():
@@ -372,7 +372,7 @@ def test_an_average_of_rate_one_tenth_keeps_nine_tenths(model):
 
 def test_an_average_of_half_precision_weights_moves_by_less_than_their_rounding(model):
     model = model.to(torch.bfloat16)
-    teacher = EMATeacher(SimpleNamespace(model=model), 0.05)
+    teacher = EMATeacher(SimpleNamespace(model=model, engine=None), 0.05)
     name, p = next(iter(model.named_parameters()))
     before = teacher.average.weights[name].clone()
     with torch.no_grad():

@@ -176,20 +176,16 @@ def check_model(trainer: VPDTrainer) -> None:
 def _check_engine(trainer: VPDTrainer) -> None:
     """What the way that the model is spread over devices allows."""
     args = trainer.args
-    if trainer._dist.is_zero3:
-        raise ValueError(
-            f"method={args.method!r} is not supported yet under DeepSpeed ZeRO-3, which shards the output head that "
-            "the losses read. Use ZeRO-2, FSDP with teacher='shared', or DDP."
-        )
     own_weights = [
         f"{name}={value!r}"
         for name, value, shared in (("teacher", args.teacher, "shared"), ("prior", args.prior, "dynamic"))
         if value != shared
     ]
-    if own_weights and trainer.is_fsdp_enabled:
+    if own_weights and trainer._dist.fsdp_version == 1:
         raise ValueError(
-            f"{' and '.join(own_weights)} needs weights beside the student's, which is not supported yet where FSDP "
-            "shards those. Use teacher='shared' and prior='dynamic', or DDP or ZeRO-2."
+            f"{' and '.join(own_weights)} needs weights beside the student's, which is not supported where the first "
+            "version of FSDP shards those. Set fsdp_version: 2 in accelerate's configuration, or use teacher='shared' "
+            "and prior='dynamic'."
         )
     devices = set((getattr(trainer.model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:

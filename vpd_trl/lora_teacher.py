@@ -113,6 +113,7 @@ class LoRATeacher(SharedTeacher):
     @contextmanager
     def training_context(self) -> Iterator[None]:
         model, hook = self.trainer.model, None
+        self.trainer.engine.settle()  # parameters at rest say whether those that modules run on are trained
         # Now, not at construction: a wrapper may have put others in their place since
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -128,6 +129,7 @@ class LoRATeacher(SharedTeacher):
         finally:
             if hook is not None:
                 hook.remove()
+            self.trainer.engine.settle()
             for parameter in trained:
                 parameter.requires_grad_(True)
 

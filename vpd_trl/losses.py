@@ -8,6 +8,7 @@ here logs, reduces over processes or keeps state. Equation numbers are those of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,9 +45,9 @@ class Head(NamedTuple):
             z = self.softcap * torch.tanh(z / self.softcap)
         return z / self.temperature
 
-    def detach(self) -> Head:
-        """The same head as a constant."""
-        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+    def kept(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+        """The head with `keep(tensor)` of its weights."""
+        return self._replace(weight=keep(self.weight), bias=None if self.bias is None else keep(self.bias))
 
     def sharpened(self, temperature: float) -> Head:
         """
@@ -156,8 +157,9 @@ def fused_divergence(
             student.weight,
             student.bias,
             teacher_hidden.detach(),
-            teacher.weight.detach(),
-            None if teacher.bias is None else teacher.bias.detach(),
+            # Has no gradient to these. Not detached: an engine that shards weights knows them by who they are
+            teacher.weight,
+            teacher.bias,
             float(alpha),
             student.temperature,
             student.scale,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,10 +61,48 @@ def head_of(model: Any, *, temperature: float, float32: bool = False) -> Head:
     return Head(weight, bias, scale=scale, softcap=softcap, temperature=temperature)
 
 
+def at_head(
+    model: Any, function: Callable[..., Any], *tensors: torch.Tensor, temperature: float, float32: bool = False
+) -> Any:
+    """
+    `function(head, *tensors)` within the forward pass of the head's module.
+
+    Engines that shard weights hold the head's whole one only there, and again for its backward pass.
+
+    Args:
+        model: The unwrapped model.
+        function: Takes a [`Head`] and the tensors; returns a tensor or a tuple of them.
+        tensors: What gradients flow through must be among them.
+        temperature, float32: As in `head_of`.
+    """
+    projection = causal_lm(model).get_output_embeddings()
+    weight = projection.weight
+    # PEFT may have put the module that has the weight into another
+    owner = next((m for m in projection.modules() if m._parameters.get("weight") is weight), projection)
+    forward = owner.__dict__.get("forward")
+
+    def redirected(*tensors: torch.Tensor) -> Any:
+        return function(head_of(model, temperature=temperature, float32=float32), *tensors)
+
+    owner.forward = redirected
+    try:
+        return owner(*tensors)
+    finally:
+        if forward is None:
+            del owner.forward
+        else:
+            owner.forward = forward
+
+
 def _full(tensor: torch.Tensor | None, float32: bool) -> Any:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.float() if tensor is not None and float32 else tensor
+    if tensor is None or not float32:
+        return tensor
+    cast: Any = tensor.float()
+    if hasattr(tensor, "ds_status"):  # of DeepSpeed's ZeRO-3; TRL's losses ask each weight whether it is whole
+        cast.ds_status = tensor.ds_status
+    return cast
 
 
 @contextmanager

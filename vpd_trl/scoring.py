@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from trl.models.utils import _ForwardRedirection
 
 from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of
 from .losses import Head, TokenDivergence, fused_divergence, sequence_log_ratio, topk_divergence
-from .network import completion_hidden_states, head_of, scoring_mode
+from .network import at_head, completion_hidden_states, scoring_mode
 
 
 if TYPE_CHECKING:
@@ -43,14 +44,13 @@ class Scorer:
             teacher: Whether the teacher's prompt stands before the completion.
         """
         mask = loss_mask(batch).bool()
+        tokens = batch["completion_ids"][mask]
 
         def score(model: Any) -> torch.Tensor:
             hidden = self._hidden(model, batch, mask, teacher=teacher)
-            with self._head_autocast():
-                return self._head(model).token_logps(hidden, batch["completion_ids"][mask])
+            return self._at_head(model, lambda head, hidden: head.token_logps(hidden, tokens), hidden)
 
-        unwrapped = self.trainer.accelerator.unwrap_model(model)
-        return on_mask(self._redirect(model, unwrapped, score, unwrapped), mask)
+        return on_mask(self._run(model, score), mask)
 
     def frozen_logps(self, batch: Batch, *, teacher: bool = False) -> torch.Tensor:
         """`sampled_logps` without gradient or dropout, at most `per_device_train_batch_size` rows at a time."""
@@ -69,28 +69,47 @@ class Scorer:
             The divergence and the student's entropy at each token (n,); the teacher's and the student's
             log-probabilities of the sampled tokens (n,), the teacher's as it is, not sharpened.
         """
-        unwrapped = self.trainer.accelerator.unwrap_model(model)
-        return self._redirect(model, unwrapped, self._divergence, unwrapped, batch, mask)
-
-    def _divergence(self, model: Any, batch: Batch, mask: torch.Tensor) -> tuple:
-        with self.trainer.teacher.target_context(), scoring_mode(model):
-            teacher_hidden = self._hidden(model, batch, mask, teacher=True)
-            teacher_head = self._head(model).detach()
-        student_hidden, student_head = self._hidden(model, batch, mask, teacher=False), self._head(model)
-
-        target_head = teacher_head.sharpened(self.args.target_temperature)
-        pair = (student_hidden, teacher_hidden, student_head, target_head)
+        tokens = batch["completion_ids"][mask]
+        teacher_hidden, teacher_logps, teacher_head = self._target(batch, mask, tokens)
         alpha, k = self.args.divergence_alpha, self.args.distillation_top_k
-        with self._head_autocast():
+
+        def compare(head: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            target_head = (teacher_head or head).sharpened(self.args.target_temperature)
+            pair = (hidden, teacher_hidden.to(hidden.dtype), head, target_head)
             if k is None:
                 per_token = fused_divergence(*pair, alpha=alpha)
             else:
                 per_token = topk_divergence(*pair, alpha=alpha, k=k, add_tail=self.args.distillation_add_tail)
             with torch.no_grad():
-                sampled = batch["completion_ids"][mask]
-                student_logps = student_head.token_logps(student_hidden, sampled)
-                teacher_logps = teacher_head.token_logps(teacher_hidden, sampled)
-        return per_token, teacher_logps, student_logps
+                return *per_token, head.token_logps(hidden, tokens)
+
+        def score(model: Any) -> tuple[torch.Tensor, ...]:
+            return self._at_head(model, compare, self._hidden(model, batch, mask, teacher=False))
+
+        divergence, entropy, student_logps = self._run(model, score)
+        return TokenDivergence(divergence, entropy), teacher_logps, student_logps
+
+    def _target(self, batch: Batch, mask: torch.Tensor, tokens: torch.Tensor) -> tuple:
+        """
+        The teacher's hidden states (n, H) and log-probabilities (n,), and its head if that is not the student's.
+
+        A forward pass of its own: where weights are sharded, other ones can only be put in place between two.
+        """
+        teacher, model = self.trainer.teacher, self.trainer.model
+        own_head: list[Head] = []
+
+        def read(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+            if teacher.has_own_head:
+                own_head.append(head.kept(self.trainer.engine.kept))
+            return head.token_logps(hidden, tokens)
+
+        def score(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self._hidden(model, batch, mask, teacher=True)
+            return hidden, self._at_head(model, read, hidden)
+
+        with teacher.target_context(), scoring_mode(model):
+            hidden, logps = self._run(model, score)
+        return hidden, logps, own_head[0] if own_head else None
 
     def reduce(self, teacher_logps: torch.Tensor, prior_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Log-ratios (B,) of rollouts from log-probabilities (B, T) of their tokens, as `log_ratio_reduction` says."""
@@ -103,8 +122,7 @@ class Scorer:
         attention_mask = torch.cat([batch[f"{prefix}_mask"], batch["completion_mask"]], dim=1)
         with self.trainer.accelerator.autocast():
             images = self._images(batch, input_ids, teacher=teacher)
-            hidden = completion_hidden_states(model, input_ids, attention_mask, mask.size(1), **images)[mask]
-        return hidden.float() if self.args.cast_lm_head_to_fp32 else hidden
+            return completion_hidden_states(model, input_ids, attention_mask, mask.size(1), **images)[mask]
 
     def _images(self, batch: Batch, input_ids: torch.Tensor, *, teacher: bool) -> dict[str, torch.Tensor]:
         """What a vision-language model takes beside token ids (B, P + T): the same images for student and teacher."""
@@ -131,8 +149,20 @@ class Scorer:
                 types[:, :prompt][torch.isin(input_ids[:, :prompt], shown)] = kind
         return types
 
-    def _head(self, model: Any) -> Head:
-        return head_of(model, temperature=self.trainer.temperature, float32=self.args.cast_lm_head_to_fp32)
+    def _run(self, model: Any, function: Callable[[Any], Any]) -> Any:
+        """`function(unwrapped model)` as the forward pass of a model."""
+        unwrapped = self.trainer.accelerator.unwrap_model(model)
+        return self._redirect(model, unwrapped, function, unwrapped)
+
+    def _at_head(self, model: Any, function: Callable[..., Any], hidden: torch.Tensor) -> Any:
+        """`function(head, hidden states)` in the head's forward pass, in the precision that it is to have."""
+        float32 = self.args.cast_lm_head_to_fp32
+
+        def within(head: Head, hidden: torch.Tensor) -> Any:
+            with self._head_autocast():
+                return function(head, hidden.float() if float32 else hidden)
+
+        return at_head(model, within, hidden, temperature=self.trainer.temperature, float32=float32)
 
     def _head_autocast(self) -> AbstractContextManager[Any]:
         """The head runs under autocast like the rest, unless it is to be in float32."""

@@ -23,8 +23,9 @@ ROLLOUTS_FILE = "vpd_rollouts_{}.pt"  # of each process
 def save(trainer: VPDTrainer, folder: str) -> None:
     """Write counters, reward shift, copies of weights and rollouts that are still in use to a checkpoint folder."""
     os.makedirs(folder, exist_ok=True)
+    state = _state_dict(trainer)  # on all processes: weights may be gathered
     if trainer.args.should_save:
-        _write(_state_dict(trainer), os.path.join(folder, STATE_FILE))
+        _write(state, os.path.join(folder, STATE_FILE))
     if trainer.parts.uses_feedback and trainer._step % trainer._generate_every:
         # In the middle of a rollout batch: the same rollouts must be trained on after resuming
         rollouts = {
@@ -64,6 +65,15 @@ def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
             "e_step": trainer.e_step.state_dict(),
         }
     return state
+
+
+def begin(trainer: VPDTrainer, checkpoint: str | None) -> None:
+    """Called when the model has been prepared for training and holds the weights of the checkpoint, if any."""
+    if trainer.parts.uses_feedback:
+        trainer.teacher.begin()
+        trainer.prior.begin()
+    if checkpoint is not None:
+        load(trainer, checkpoint)
 
 
 def load(trainer: VPDTrainer, folder: str) -> None:

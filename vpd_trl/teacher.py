@@ -15,8 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import DistributedType
 from torch import nn
+
+from .engines import Engine
 
 
 if TYPE_CHECKING:
@@ -36,21 +37,45 @@ class WeightSnapshot:
     is as small as the adapter, and patches of the network's methods can't lead back to the original's weights, as they
     do in a deep copy.
 
+    Where weights are sharded, so is the copy.
+
     Args:
         model: The network. Which of its parameters are trainable must not change afterwards.
+        engine: What holds the network's weights. `None`: this process holds them whole.
         float32: Whether the copy of half-precision weights is kept in float32.
     """
 
-    def __init__(self, model: nn.Module, *, float32: bool = False) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = {
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32) if float32 else p.dtype, copy=True)
-            for name, p in self._parameters.items()
-        }
+    def __init__(self, model: nn.Module, engine: Engine | None = None, *, float32: bool = False) -> None:
+        self._model = model
+        self._engine = engine
+        self._float32 = float32
+        self._parameters: dict[str, nn.Parameter] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        if engine is None or not engine.shards_weights:
+            self.take()
+
+    def take(self) -> None:
+        """Copy the weights, unless there is a copy already. Called when they have been sharded, if they are to be."""
+        if self.weights:
+            return
+        if self._engine is not None:
+            self._engine.settle()
+        self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        for name, parameter in self._parameters.items():
+            part = self._part(parameter).detach()
+            dtype = torch.promote_types(part.dtype, torch.float32) if self._float32 else part.dtype
+            self.weights[name] = part.to(dtype, copy=True)
+
+    def _part(self, parameter: nn.Parameter) -> torch.Tensor:
+        return parameter.data if self._engine is None else self._engine.part(parameter)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Run the network on the copy; the student's weights come back on leaving, also by an exception."""
+        if self._engine is not None and self._engine.shards_weights:
+            with self._written_over():
+                yield
+            return
         current = {name: p.data for name, p in self._parameters.items()}
         try:
             for name, parameter in self._parameters.items():
@@ -60,15 +85,39 @@ class WeightSnapshot:
             for name, parameter in self._parameters.items():
                 parameter.data = current[name]
 
+    @contextmanager
+    def _written_over(self) -> Iterator[None]:
+        """As `swapped_in`, where the engine gathers whole weights from memory that must stay where it is."""
+        assert self._engine is not None
+        self._engine.settle()
+        current = {name: self._part(p).clone() for name, p in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                self._part(parameter).copy_(self.weights[name])
+            yield
+        finally:
+            self._engine.settle()  # what has been gathered is of the copy
+            for name, parameter in self._parameters.items():
+                self._part(parameter).copy_(current[name])
+
     @torch.no_grad()
     def move_towards(self, rate: float) -> None:
         """copy ← (1 − rate) · copy + rate · current weights."""
+        if self._engine is not None:
+            self._engine.settle()
         for name, parameter in self._parameters.items():
             weight = self.weights[name]
-            weight.lerp_(parameter.detach().to(weight.device, weight.dtype), rate)
+            weight.lerp_(self._part(parameter).detach().to(weight.device, weight.dtype), rate)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self.weights)
+        """The whole weights, on the CPU where they are sharded; all processes take part."""
+        if self._engine is None or not self._engine.shards_weights:
+            return dict(self.weights)
+        whole = {}
+        for name, parameter in self._parameters.items():
+            tensor = self._engine.whole(parameter, self.weights[name])
+            whole[name] = tensor.cpu() if self._engine.trainer.args.should_save else tensor.new_empty(0)
+        return whole
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """
@@ -84,11 +133,11 @@ class WeightSnapshot:
                 f"{unknown[:3]} too much."
             )
         for name, weight in self.weights.items():
-            if state[name].shape != weight.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(state[name].shape)} in the checkpoint, {tuple(weight.shape)} here."
-                )
-            weight.copy_(state[name])
+            parameter, whole = self._parameters[name], state[name]
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if whole.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(whole.shape)} in the checkpoint, {tuple(shape)} here.")
+            weight.copy_(whole if self._engine is None else self._engine.part_of(parameter, whole))
 
 
 class SharedTeacher:
@@ -104,8 +153,14 @@ class SharedTeacher:
 
     default_learning_rate_scale = 1.0
 
+    # Whether the M-step's targets come from an output head that is not the student's
+    has_own_head = False
+
     def __init__(self, trainer: VPDTrainer) -> None:
         self.trainer = trainer
+
+    def begin(self) -> None:
+        """Called when training begins and the weights are where they stay, before a checkpoint's state is loaded."""
 
     # ---- Where it runs
 
@@ -141,44 +196,18 @@ class SharedTeacher:
         limit = self.trainer.args.max_grad_norm
         return limit if limit > 0 else float("inf")
 
-    @contextmanager
-    def accumulate(self, *, last: bool) -> Iterator[None]:
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients are reduced over processes in the last one only, as transformers does."""
-        accelerator = self.trainer.accelerator
-        state = accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(last)
-        every = state.plugin_kwargs.get("sync_each_batch", False)
-        whole = last or every or accelerator.distributed_type == DistributedType.DEEPSPEED
-        try:
-            with nullcontext() if whole else accelerator.no_sync(self.trainer.model_wrapped):
-                yield
-        finally:
-            state._set_sync_gradients(before)
+        return self.trainer.engine.accumulate(last=last)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss whose gradients are to be averaged over processes."""
-        self.trainer.accelerator.backward(loss)
+        self.trainer.engine.backward(loss)
 
     def update(self) -> float:
         """Take a step of the optimizer, leave no gradients, and return their norm before clipping."""
-        trainer = self.trainer
-        with self._synchronized(), self._scaled_learning_rate():
-            grad_norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), self.max_grad_norm)
-            trainer.optimizer.step()
-            trainer.model_wrapped.zero_grad()
-        return float(grad_norm) if grad_norm is not None else float("nan")
-
-    @contextmanager
-    def _synchronized(self) -> Iterator[None]:
-        """An accumulation window of the E-step's own ends here; the student's flag comes back afterwards."""
-        state = self.trainer.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(True)
-        try:
-            yield
-        finally:
-            state._set_sync_gradients(before)
+        with self._scaled_learning_rate():
+            return self.trainer.engine.step(self.max_grad_norm)
 
     @contextmanager
     def _scaled_learning_rate(self) -> Iterator[None]:
@@ -228,7 +257,11 @@ class EMATeacher(SharedTeacher):
     def __init__(self, trainer: VPDTrainer, rate: float) -> None:
         super().__init__(trainer)
         self.rate = rate
-        self.average = WeightSnapshot(trainer.model, float32=True)
+        self.average = WeightSnapshot(trainer.model, trainer.engine, float32=True)
+        self.has_own_head = trainer.model.get_output_embeddings().weight.requires_grad
+
+    def begin(self) -> None:
+        self.average.take()
 
     def target_context(self) -> AbstractContextManager[None]:
         return self.average.swapped_in()
@@ -245,6 +278,9 @@ class EMATeacher(SharedTeacher):
 
 class DynamicPrior:
     """The prior is the student at the start of each E-step (the paper's form)."""
+
+    def begin(self) -> None:
+        """Called when training begins and the weights are where they stay, before a checkpoint's state is loaded."""
 
     def context(self) -> AbstractContextManager[None]:
         """Where the prior's log-probabilities are computed."""
@@ -264,8 +300,11 @@ class FixedPrior(DynamicPrior):
     For an adapter it is the adapter as it was passed to the trainer, trained or new.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.initial = WeightSnapshot(model)
+    def __init__(self, trainer: VPDTrainer) -> None:
+        self.initial = WeightSnapshot(trainer.model, trainer.engine)
+
+    def begin(self) -> None:
+        self.initial.take()
 
     def context(self) -> AbstractContextManager[None]:
         return self.initial.swapped_in()
@@ -288,6 +327,6 @@ def make_teacher(trainer: VPDTrainer, adapter_config: Any = None) -> SharedTeach
     return SharedTeacher(trainer)
 
 
-def make_prior(model: nn.Module, kind: str) -> DynamicPrior:
+def make_prior(trainer: VPDTrainer) -> DynamicPrior:
     """The prior that `VPDConfig.prior` names."""
-    return FixedPrior(model) if kind == "fixed" else DynamicPrior()
+    return FixedPrior(trainer) if trainer.args.prior == "fixed" else DynamicPrior()

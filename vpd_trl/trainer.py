@@ -23,6 +23,7 @@ from .annotate import Annotation, Annotator
 from .batch import Batch
 from .config import VPDConfig
 from .e_step import EStep
+from .engines import make_engine
 from .evaluation.training import Evaluations, TrainingEvaluation
 from .feedback import FeedbackFn
 from .feedback.collect import FeedbackCollector
@@ -208,8 +209,9 @@ class VPDTrainer(GRPOTrainer):
         self.rl_weight = args.joint_rl_weight if joint else float(self.parts.policy_gradient)
         self.kl_weight = args.joint_kl_weight if joint else float(self.parts.distills)
         checks.check_model(self)
+        self.engine = make_engine(self)
         self.teacher = make_teacher(self, teacher_peft_config)
-        self.prior = make_prior(self.model, args.prior)
+        self.prior = make_prior(self)
         self.scorer = Scorer(self)
         self.e_step = EStep(self)
         self.m_step = MStep(self)
@@ -387,5 +389,4 @@ class VPDTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state.load(self, checkpoint)
+        state.begin(self, checkpoint)
