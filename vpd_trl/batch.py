@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,20 @@ def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
         else:
             some[key] = value
     return unsplit_pixel_values_by_grid(some)
+
+
+def concatenated(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches that were cut from one, in order; 0-dim tensors are the first one's."""
+    joined: Batch = {}
+    for key, first in batches[0].items():
+        values = [batch[key] for batch in batches]
+        if isinstance(first, torch.Tensor) and first.ndim:
+            joined[key] = torch.cat(values)
+        elif isinstance(first, list):
+            joined[key] = [entry for value in values for entry in value]
+        else:
+            joined[key] = first
+    return joined
 
 
 def pieces_of(batch: Batch, size: int) -> list[Batch]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .batch import Batch, loss_mask, pieces_of
+from .batch import Batch, concatenated, loss_mask, rows_of
+from .lengths import row_lengths, within_budget
 from .losses import bco_loss
 from .metrics import Means
 
@@ -39,10 +40,10 @@ class RewardShift:
 @dataclass
 class _Update:
     """
-    The micro-batches of one optimizer update of the E-step, and what is known of them.
+    The rollouts of one optimizer update of the E-step, in the pieces that they go through the network in.
 
     Attributes:
-        micro_batches: Those of this process.
+        micro_batches: The pieces of this process, with a boolean `eligible` (b,): a piece that fills up has no such row.
         positives: Eligible successes, over all processes.
         negatives: Eligible failures, over all processes.
         priors: The prior's log-probabilities (b, T) for each micro-batch, frozen.
@@ -60,10 +61,10 @@ class EStep:
     """
     Trains the teacher on a rollout batch by Binary Classifier Optimization.
 
-    The batch comes as the micro-batches that the M-step will take, and is split further where the teacher's prompts
-    are longer, so an E-step needs no more memory than an M-step (down to one row at a time). Class means, class counts
-    and the reward shift are over all micro-batches of an update and all processes. Rollouts without feedback, without
-    a score or without a token of their own are left out.
+    The batch comes as the micro-batches that the M-step will take. Rollouts without feedback, without a score or
+    without a token of their own are left out, and those of like length go through the network together, so many at a
+    time that an E-step needs no more memory than an M-step (down to one row). Class means, class counts and the reward
+    shift are over all rollouts of an update and all processes.
 
     Args:
         trainer: The trainer, ready but for the E-step.
@@ -113,24 +114,28 @@ class EStep:
 
     def _prepare(self, micro_batches: list[Batch]) -> _Update:
         """An update on these micro-batches, with its class counts."""
-        pieces = self._split(micro_batches)
-        return _Update(pieces, *self._class_counts(pieces))
+        rows = concatenated(micro_batches)
+        rows["eligible"] = rows["has_feedback"] & (rows["outcome"] >= 0) & loss_mask(rows).any(-1)
+        return _Update(self._split(rows, len(micro_batches[0]["completion_ids"])), *self._class_counts(rows))
 
-    def _split(self, micro_batches: list[Batch]) -> list[Batch]:
+    def _split(self, rows: Batch, micro_batch_size: int) -> list[Batch]:
         """
-        Smaller micro-batches, so that none holds more tokens with the teacher's prompt than in the student's M-step.
+        The eligible rows in pieces that hold no more tokens with the teacher's prompt than a micro-batch in an M-step.
 
-        All processes split alike, as each backward pass may wait for the others.
+        All processes have equally many pieces, as each backward pass may wait for the others.
         """
-
-        def width(batch: Batch, prompt: str) -> int:
-            return batch[prompt].size(1) + batch["completion_ids"].size(1)
-
-        ratios = [width(batch, "teacher_prompt_ids") / width(batch, "prompt_ids") for batch in micro_batches]
-        ratio = torch.tensor(max(ratios), device=self.trainer.accelerator.device)
-        ratio = self.trainer.accelerator.gather(ratio).max().item()
-        sizes = [max(1, int(len(batch["completion_ids"]) / max(ratio, 1.0))) for batch in micro_batches]
-        return [piece for batch, size in zip(micro_batches, sizes, strict=True) for piece in pieces_of(batch, size)]
+        accelerator = self.trainer.accelerator
+        eligible = rows["eligible"].nonzero().squeeze(-1)
+        lengths = row_lengths(rows, teacher=True) - 1  # the last token predicts nothing
+        order = eligible[lengths[eligible].argsort(descending=True, stable=True)]
+        longest = int(accelerator.gather(row_lengths(rows, teacher=False).max()).max()) - 1
+        sizes = within_budget(lengths[order].tolist(), micro_batch_size * longest)
+        count = int(accelerator.gather(torch.tensor(len(sizes), device=accelerator.device)).max())
+        pieces = [rows_of(rows, part) for part in order.split(sizes)]
+        while len(pieces) < count:
+            filler = rows_of(rows, slice(0, 1))
+            pieces.append({**filler, "eligible": torch.zeros_like(filler["eligible"])})
+        return pieces
 
     def _update(self, update: _Update) -> None:
         """One optimizer update; leaves the implicit rewards of its forward pass in it."""
@@ -146,7 +151,7 @@ class EStep:
                     success = batch["outcome"] == 1
                     losses = bco_loss(log_ratio, success, temperature=self.args.bco_temperature, shift=shift)
                     # Each class has weight 1, whatever its size. Gradients are averaged over processes
-                    weight = torch.where(success, 1 / update.positives, 1 / update.negatives) * self._eligible(batch)
+                    weight = torch.where(success, 1 / update.positives, 1 / update.negatives) * batch["eligible"]
                     loss = (losses * weight).sum()
                     trainer.teacher.backward(loss * accelerator.num_processes)
                 loss_sum += loss.detach()
@@ -159,13 +164,9 @@ class EStep:
         trainer._record("e_step/reward_shift", shift)
         trainer._record("e_step/grad_norm", grad_norm)
 
-    def _eligible(self, batch: Batch) -> torch.Tensor:
-        """Which rollouts (b,) take part."""
-        return batch["has_feedback"] & (batch["outcome"] >= 0) & loss_mask(batch).any(-1)
-
-    def _class_counts(self, micro_batches: list[Batch]) -> tuple[int, int]:
+    def _class_counts(self, rows: Batch) -> tuple[int, int]:
         """Numbers of eligible successes and failures, over all processes."""
-        outcome = torch.cat([batch["outcome"].masked_fill(~self._eligible(batch), -1) for batch in micro_batches])
+        outcome = rows["outcome"].masked_fill(~rows["eligible"], -1)
         counts = torch.stack([(outcome == 1).sum(), (outcome == 0).sum()])
         positives, negatives = self.trainer.accelerator.reduce(counts, reduction="sum").tolist()
         return positives, negatives
@@ -174,7 +175,7 @@ class EStep:
         """Mean implicit rewards of successes and of failures, over all processes."""
         means = Means()
         for batch, reward in zip(update.micro_batches, update.rewards, strict=True):
-            means.add_by_outcome(reward, batch["outcome"], self._eligible(batch))
+            means.add_by_outcome(reward, batch["outcome"], batch["eligible"])
         reduced = means.reduce(self.trainer.accelerator)
         return reduced["successes"][0], reduced["failures"][0]
 

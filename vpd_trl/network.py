@@ -19,23 +19,21 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def completion_hidden_states(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int, **images: torch.Tensor
+def hidden_states(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **images: torch.Tensor
 ) -> torch.Tensor:
     """
-    Hidden states (B, T, H) before the head that predict the last T = `completion_length` tokens of each row.
+    Hidden states (B, L, H) before the head.
 
     Args:
         model: The unwrapped model, with or without adapters in it.
-        input_ids: (B, P + T) token ids, the prompt on the left.
-        attention_mask: (B, P + T).
-        completion_length: T.
+        input_ids: (B, L) token ids.
+        attention_mask: (B, L).
         **images: What a vision-language model takes beside these.
     """
     # `base_model` of a transformers model is what stands before the head
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
-    output = causal_lm(model).base_model(**inputs, use_cache=False)
-    return output.last_hidden_state[:, -completion_length - 1 : -1]
+    return causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def head_of(model: Any, *, temperature: float, float32: bool = False) -> Head:

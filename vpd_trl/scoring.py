@@ -10,8 +10,9 @@ import torch
 from trl.models.utils import _ForwardRedirection
 
 from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of
+from .lengths import compact
 from .losses import Head, TokenDivergence, fused_divergence, sequence_log_ratio, topk_divergence
-from .network import at_head, completion_hidden_states, scoring_mode
+from .network import at_head, hidden_states, scoring_mode
 
 
 if TYPE_CHECKING:
@@ -120,9 +121,13 @@ class Scorer:
         prefix = "teacher_prompt" if teacher else "prompt"
         input_ids = torch.cat([batch[f"{prefix}_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch[f"{prefix}_mask"], batch["completion_mask"]], dim=1)
+        inputs = self._images(batch, input_ids, teacher=teacher)
+        targets = torch.cat([torch.zeros_like(attention_mask[:, : -mask.size(1)], dtype=torch.bool), mask], dim=1)
+        # A vision-language model wants all of the places that its images go to
+        columns, attention_mask, predicts = compact(attention_mask, targets, whole="pixel_values" in inputs)
+        inputs |= {name: types.gather(1, columns) for name, types in inputs.items() if name in TOKEN_TYPES}
         with self.trainer.accelerator.autocast():
-            images = self._images(batch, input_ids, teacher=teacher)
-            return completion_hidden_states(model, input_ids, attention_mask, mask.size(1), **images)[mask]
+            return hidden_states(model, input_ids.gather(1, columns), attention_mask, **inputs)[predicts]
 
     def _images(self, batch: Batch, input_ids: torch.Tensor, *, teacher: bool) -> dict[str, torch.Tensor]:
         """What a vision-language model takes beside token ids (B, P + T): the same images for student and teacher."""

@@ -27,6 +27,7 @@ from .engines import make_engine
 from .evaluation.training import Evaluations, TrainingEvaluation
 from .feedback import FeedbackFn
 from .feedback.collect import FeedbackCollector
+from .lengths import by_length_within_steps
 from .m_step import MStep
 from .processes import stop_together
 from .prompts import check_prompt
@@ -268,13 +269,13 @@ class VPDTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         if self._collected_step != self._step:
             before = self._buffered_inputs
-            inputs = super()._prepare_inputs(generation_batch)
+            super()._prepare_inputs(generation_batch)
             if self._buffered_inputs is not before:
                 self._collected_step = self._step
+                self._buffered_inputs = by_length_within_steps(self, self._buffered_inputs)
                 if self.parts.refines_teacher and self.rollout_batches % self.args.e_step_frequency == 0:
                     self._pending_e_step = self._buffered_inputs
                 self.rollout_batches += 1
-            return inputs
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     # ---- Rollout and feedback

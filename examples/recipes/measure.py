@@ -65,7 +65,7 @@ def evaluate(model: Path, task: str, task_kwargs: dict[str, Any], options: list[
     summary = json.loads((folder / "summary.json").read_text())
     lines = (folder / "problems.jsonl").read_text().splitlines()
     examples = [json.loads(line)["completions"][0] for line in lines[:4]]
-    kept = ("metrics", "intervals", "problems", "samples", "truncated", "mean_tokens")
+    kept = ("metrics", "problems", "samples", "truncated", "mean_tokens")
     return {name: summary[name] for name in kept} | {"examples": examples}
 
 
@@ -121,8 +121,8 @@ def table(result: dict[str, Any]) -> str:
     for label, found in measured:
         cells = []
         for metric in wanted:
-            low, high = found["intervals"][metric]
-            cells.append(f"{found['metrics'][metric]:.1%} ({low:.1%} – {high:.1%})")
+            m = found["metrics"][metric]
+            cells.append(f"{m['value']:.1%} ({m['low']:.1%} – {m['high']:.1%})")
         rows.append(f"| {label} | {' | '.join(cells)} | {found['truncated']:.0%} |")
     return "\n".join(rows)
 
