@@ -12,6 +12,7 @@ from .batch import Batch, concatenated, loss_mask, rows_of
 from .lengths import row_lengths, within_budget
 from .losses import bco_loss
 from .metrics import Means
+from .network import has_dropout
 
 
 if TYPE_CHECKING:
@@ -76,11 +77,15 @@ class EStep:
         self.shift = RewardShift(self.args.reward_shift_momentum)
         self.last_counts = (0, 0)  # successes and failures of the last E-step, over all processes
 
-    def run(self, micro_batches: list[Batch]) -> bool:
+    def run(self, micro_batches: list[Batch], *, fresh: bool = False) -> bool:
         """
         Run an E-step, and return whether it made at least one update.
 
         Runs between two optimizer steps of the student, with no gradients around; leaves none.
+
+        Args:
+            micro_batches: The rollout batch.
+            fresh: Whether the student's weights are still those that the rollouts were sampled and scored with.
         """
         start = time.perf_counter()
         per_update = len(micro_batches)
@@ -94,9 +99,12 @@ class EStep:
 
         # Both frozen at the start: the prior for the whole E-step (appendix A.4), the teacher for the first shift
         logps = self.trainer.scorer.frozen_logps
+        reuse = fresh and self.trainer.prior.is_student and not has_dropout(self.trainer.model)
         with self.trainer.prior.context():
             for u in possible:
-                u.priors = [logps(batch) for batch in u.micro_batches]
+                # With vLLM, or several iterations, TRL has scored the rollouts already
+                known = [batch.get("old_per_token_logps") if reuse else None for batch in u.micro_batches]
+                u.priors = [logps(b) if old is None else old for b, old in zip(u.micro_batches, known, strict=True)]
         with self.trainer.teacher.training_context():
             for u in possible:
                 pairs = zip(u.micro_batches, u.priors, strict=True)

@@ -92,6 +92,15 @@ def at_head(
             owner.forward = forward
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass in training mode is random."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
+        isinstance(rate, float) and rate > 0
+        for name, rate in vars(causal_lm(model).config.get_text_config()).items()
+        if name.endswith(("dropout", "pdrop"))
+    )
+
+
 def _full(tensor: torch.Tensor | None, float32: bool) -> Any:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()

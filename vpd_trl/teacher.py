@@ -279,6 +279,8 @@ class EMATeacher(SharedTeacher):
 class DynamicPrior:
     """The prior is the student at the start of each E-step (the paper's form)."""
 
+    is_student = True
+
     def begin(self) -> None:
         """Called when training begins and the weights are where they stay, before a checkpoint's state is loaded."""
 
@@ -299,6 +301,8 @@ class FixedPrior(DynamicPrior):
 
     For an adapter it is the adapter as it was passed to the trainer, trained or new.
     """
+
+    is_student = False
 
     def __init__(self, trainer: VPDTrainer) -> None:
         self.initial = WeightSnapshot(trainer.model, trainer.engine)

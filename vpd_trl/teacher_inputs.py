@@ -40,8 +40,15 @@ class TeacherInputs:
         )
 
     def _tokenize(self, prompts: list[Prompt], rows: list[int]) -> list[list[int]]:
-        with tools_of(self.trainer, rows):
-            return self.trainer._tokenize_prompts(prompts)[0]
+        """Token ids of prompts, each different one tokenised once: siblings often have the same."""
+        names = self.trainer.environment_factories and self.trainer._batch_environments
+        keys = [(repr(prompt), names[row] if names else None) for prompt, row in zip(prompts, rows, strict=True)]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        places = sorted(first.values())
+        with tools_of(self.trainer, [rows[i] for i in places]):
+            ids = self.trainer._tokenize_prompts([prompts[i] for i in places])[0]
+        found = {keys[i]: row_ids for i, row_ids in zip(places, ids, strict=True)}
+        return [list(found[key]) for key in keys]
 
     def __call__(self, prompts: list, feedback: list[Feedback], batch: Batch) -> Batch:
         """The teacher's prompts, left-padded (N, P), which rows have feedback (N,), and the M-step's denominator ()."""

@@ -119,6 +119,8 @@ class VPDTrainer(GRPOTrainer):
     #   train, _get_train_sampler, save_model, _save_checkpoint, _push_from_checkpoint,
     #   _load_optimizer_and_scheduler, _load_best_model        state
 
+    _buffered_inputs: Any
+
     _tag_names = ["trl", "vpd"]
     _name = "VPD"
     _paper = {
@@ -238,7 +240,7 @@ class VPDTrainer(GRPOTrainer):
         self._run_pending_e_step()
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
             self._prepare_inputs(self._window[0])
-            self._run_pending_e_step()
+            self._run_pending_e_step(fresh=True)
         self._current_train_step_time += time.perf_counter() - start
 
     def _close_optimizer_step(self) -> None:
@@ -255,10 +257,10 @@ class VPDTrainer(GRPOTrainer):
         """Micro-batches that are trained on between two rollout batches."""
         return self.args.steps_per_generation * self.num_iterations
 
-    def _run_pending_e_step(self) -> None:
+    def _run_pending_e_step(self, *, fresh: bool = False) -> None:
         micro_batches, self._pending_e_step = self._pending_e_step, None
         if micro_batches is not None:
-            ran = self.e_step.run(micro_batches)
+            ran = self.e_step.run(micro_batches, fresh=fresh)
             if ran and self.use_vllm and self.teacher.trains_student:
                 self._last_loaded_step = -1  # the weights changed within a step: the next rollouts need them
             successes, failures = self.e_step.last_counts

@@ -1,0 +1,258 @@
+"""Tokens that don't count go through no network, and leaving them out changes nothing."""
+
+import pytest
+import torch
+
+from tests import tiny
+from vpd_trl.batch import concatenated, loss_mask, rows_of
+from vpd_trl.lengths import by_length, compact, row_lengths, within_budget
+
+
+def padded(lengths, prompt=7, completion=9, *, holes=False):
+    """Rows as TRL pads them, with (prompt, completion) lengths; `holes` makes every third own token a tool's."""
+    generator = torch.Generator().manual_seed(0)
+    n = len(lengths)
+    batch = {
+        "prompt_ids": torch.zeros(n, prompt, dtype=torch.long),
+        "prompt_mask": torch.zeros(n, prompt, dtype=torch.long),
+        "completion_ids": torch.zeros(n, completion, dtype=torch.long),
+        "completion_mask": torch.zeros(n, completion, dtype=torch.long),
+    }
+    for i, (p, t) in enumerate(lengths):
+        batch["prompt_ids"][i, prompt - p :] = torch.randint(4, 90, (p,), generator=generator)
+        batch["prompt_mask"][i, prompt - p :] = 1
+        batch["completion_ids"][i, :t] = torch.randint(4, 90, (t,), generator=generator)
+        batch["completion_mask"][i, :t] = 1
+    if holes:
+        batch["tool_mask"] = batch["completion_mask"].clone()
+        batch["tool_mask"][:, 1::3] = 0
+    return batch
+
+
+LENGTHS = [(7, 2), (3, 9), (1, 1), (5, 5), (2, 0)]
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_what_a_network_says_of_the_targets_is_as_without_compacting(tokenizer, holes):
+    model = tiny.model(tokenizer).eval()
+    batch = padded(LENGTHS, holes=holes)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    targets = torch.cat([torch.zeros_like(batch["prompt_mask"]), loss_mask(batch)], dim=1).bool()
+    columns, mask, predicts = compact(attention, targets)
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=attention).logits[:, :-1][targets[:, 1:]]
+        short = model(input_ids=ids.gather(1, columns), attention_mask=mask).logits[predicts]
+    torch.testing.assert_close(short, plain, atol=1e-5, rtol=1e-4)
+    last = [max((i + 1 for i in range(9) if loss_mask(batch)[row, i]), default=0) for row in range(len(LENGTHS))]
+    needed = [p + t - 1 if t else 1 for (p, _), t in zip(LENGTHS, last, strict=True)]
+    assert columns.size(1) == max(needed)
+    assert mask.sum(1).tolist() == needed
+
+
+def test_rows_without_any_target_cost_one_token_or_stay_whole(tokenizer):
+    batch = padded([(7, 0), (3, 0)])
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    targets = torch.zeros_like(attention, dtype=torch.bool)
+    columns, mask, predicts = compact(attention, targets)
+    assert columns.shape == (2, 1)
+    assert mask.tolist() == [[1], [1]]
+    assert not predicts.any()
+    assert compact(attention, targets, whole=True)[1].sum(1).tolist() == [6, 2]
+
+
+def test_groups_stay_within_their_budget_and_a_long_row_goes_alone():
+    assert within_budget([9, 5, 5, 4, 1, 1], 10) == [1, 2, 2, 1]
+    assert within_budget([30, 2], 10) == [1, 1]
+    assert within_budget([], 10) == []
+    assert within_budget([0, 0], 10) == [2]
+
+
+def dealt_from(lengths, has_feedback, size):
+    batch = padded(lengths)
+    batch |= {"teacher_prompt_mask": batch["prompt_mask"], "scale": torch.tensor(3.0)}
+    batch |= {"has_feedback": torch.tensor(has_feedback), "row": torch.arange(len(lengths))}
+    micro_batches = [rows_of(batch, slice(i, i + size)) for i in range(0, len(lengths), size)]
+    return by_length(micro_batches)
+
+
+def test_dealing_keeps_every_row_and_puts_those_of_like_length_together():
+    lengths = [(7, 9), (1, 1), (6, 9), (1, 2), (7, 8), (2, 1), (5, 5), (5, 6)]
+    dealt = dealt_from(lengths, [True] * 8, 2)
+    assert [d["row"].tolist() for d in dealt] == [[0, 2], [4, 7], [6, 3], [5, 1]]
+    assert all(d["scale"] == 3.0 for d in dealt)
+
+
+def test_dealing_spreads_the_rows_with_feedback_evenly():
+    for flags in ([True, False] * 4, [True] * 5 + [False] * 3, [False] * 7 + [True], [False] * 8, [True] * 8):
+        dealt = dealt_from([(3, i + 1) for i in range(8)], flags, 2)
+        counts = [int(d["has_feedback"].sum()) for d in dealt]
+        assert sum(counts) == sum(flags)
+        assert max(counts) - min(counts) <= 1
+        assert sorted(torch.cat([d["row"] for d in dealt]).tolist()) == list(range(8))
+        assert all(len(d["row"]) == 2 for d in dealt)
+
+
+def mixed(trainer, seed=0):
+    """Rollouts of mixed lengths, the same for every trainer."""
+
+    def sample(prompt_ids, images, fields, num_generations):
+        generator = torch.Generator().manual_seed(seed + trainer._step)
+        lengths = torch.randint(1, 40, (len(prompt_ids),), generator=generator).tolist()
+        return [torch.randint(4, 90, (n,), generator=generator).tolist() for n in lengths], None
+
+    trainer._generate_single_turn = sample
+
+
+def half_feedback(answer, completion_ids, **kwargs):
+    return ["x" * (1 + sum(ids) % 10) if sum(ids) % 3 else None for ids in completion_ids]
+
+
+def build(tmp_path, **changes):
+    values = {"feedback_fn": half_feedback, "max_completion_length": 40, "optim": "sgd", "max_grad_norm": 0.0}
+    values |= {"per_device_train_batch_size": 8, "num_generations": 8, "learning_rate": 0.1, "max_steps": 2}
+    trainer = tiny.trainer(tmp_path, **(values | changes))
+    mixed(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 4},
+        {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
+        {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 4},
+    ],
+    ids=str,
+)
+def test_training_on_dealt_rows_is_training_on_the_rows_as_they_came(tmp_path, monkeypatch, changes):
+    dealt = build(tmp_path / "dealt", e_step_frequency=1, **changes)
+    dealt.train()
+    monkeypatch.setattr("vpd_trl.trainer.by_length_within_steps", lambda trainer, micro_batches: micro_batches)
+    plain = build(tmp_path / "plain", e_step_frequency=1, **changes)
+    plain.train()
+    moved = tiny.weights(tiny.model(tiny.tokenizer()))
+    for name, weight in tiny.weights(plain).items():
+        torch.testing.assert_close(weight, tiny.weights(dealt)[name], atol=2e-6, rtol=1e-4)
+    assert not tiny.same(moved, tiny.weights(plain))
+    for a, b in zip(plain.state.log_history, dealt.state.log_history, strict=True):
+        for key in ("loss", "m_step/divergence", "e_step/loss", "e_step/reward_margin", "teacher/log_ratio_margin"):
+            assert (key in a) == (key in b)
+            if a.get(key) is not None:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
+
+
+def test_rows_change_their_micro_batch_within_an_optimizer_step_alone(tmp_path):
+    trainer = build(tmp_path, gradient_accumulation_steps=2, steps_per_generation=4, max_steps=1)
+    before = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (before.append(generate(inputs)), before[-1])[1]
+    trainer.train()
+    # TRL shuffles the batch before it splits it; what it split is what the two steps must still hold
+    rows = concatenated(trainer._buffered_inputs)
+    assert sorted(map(tuple, rows["completion_ids"].tolist())) == sorted(
+        map(tuple, before[0]["completion_ids"].tolist())
+    )
+    for step in (trainer._buffered_inputs[:2], trainer._buffered_inputs[2:]):
+        counts = [int(b["has_feedback"].sum()) for b in step]
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("method", ["joint_loss", "advantage_reshaping"])
+def test_rows_stay_where_they_are_with_a_loss_that_is_no_plain_sum(tmp_path, monkeypatch, method):
+    seen = []
+    monkeypatch.setattr("vpd_trl.lengths.by_length", lambda micro_batches: seen.append(1) or micro_batches)
+    build(tmp_path, gradient_accumulation_steps=4, method=method).train()
+    assert not seen
+
+
+def counted(trainer):
+    """Tokens that enter the network, those of them that are real, and rows, for each phase."""
+    counts = {}
+    network, phase = trainer.model.base_model, ["m_step"]
+    forward, run = network.forward, trainer.e_step.run
+
+    def spy(*args, input_ids=None, attention_mask=None, **kwargs):
+        entry = counts.setdefault(phase[0], [0, 0, 0])
+        for i, number in enumerate((input_ids.numel(), int(attention_mask.sum()), len(input_ids))):
+            entry[i] += number
+        return forward(*args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def e_step(*args, **kwargs):
+        phase[0] = "e_step"
+        try:
+            return run(*args, **kwargs)
+        finally:
+            phase[0] = "m_step"
+
+    network.forward, trainer.e_step.run = spy, e_step
+    trainer.train()
+    return counts
+
+
+def test_nearly_every_token_that_enters_a_forward_pass_counts(tmp_path):
+    """128 rollouts of 1 to 39 tokens in micro-batches of 8: this is the count that waste would raise."""
+    trainer = build(tmp_path, gradient_accumulation_steps=16, max_steps=1, e_step_frequency=1)
+    counts = counted(trainer)
+    rows = concatenated(trainer._buffered_inputs)
+    feedback = rows["has_feedback"]
+    needed = {teacher: (row_lengths(rows, teacher=teacher) - 1)[feedback].sum().item() for teacher in (False, True)}
+    both = needed[False] + needed[True]
+    entered, real, passed = counts["m_step"]
+    assert real == both, "the student's and the teacher's pass, of rows with feedback alone"
+    assert passed == 2 * feedback.sum()
+    assert real / entered >= 0.95
+    entered, real, passed = counts["e_step"]
+    assert real == needed[False] + 2 * needed[True], "the prior, the first shift and the update"
+    assert passed == 3 * feedback.sum()
+    assert real / entered >= 0.95
+
+
+def test_log_probabilities_that_trl_has_computed_are_the_priors(tmp_path):
+    changes = {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 1, "e_step_frequency": 1}
+    trainer = build(tmp_path / "reuse", **changes)
+    counts = counted(trainer)
+    assert "old_per_token_logps" in trainer._buffered_inputs[0]
+    rows = concatenated(trainer._buffered_inputs)
+    teacher = (row_lengths(rows, teacher=True) - 1)[rows["has_feedback"]].sum().item()
+    assert counts["e_step"][1] == 2 * teacher, "no pass of the prior"
+    again = build(tmp_path / "again", **changes)
+    run = again.e_step.run
+    again.e_step.run = lambda micro_batches, fresh=False: run(micro_batches)
+    again.train()
+    for a, b in zip(trainer.state.log_history, again.state.log_history, strict=True):
+        assert a.get("e_step/loss") == pytest.approx(b.get("e_step/loss"), abs=1e-5)
+    for name, weight in tiny.weights(again).items():
+        torch.testing.assert_close(weight, tiny.weights(trainer)[name], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"prior": "fixed"}, {"dropout": True}, {"late": True}], ids=str)
+def test_log_probabilities_of_other_weights_or_with_dropout_are_not_the_priors(tmp_path, tokenizer, changes):
+    values = {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 1, "e_step_frequency": 1}
+    if changes.pop("dropout", False):
+        values["mdl"] = tiny.model(tokenizer, attention_dropout=0.1)
+    late = changes.pop("late", False)
+    trainer = build(tmp_path, **values, **changes)
+    if late:  # as after an optimizer step in between
+        run = trainer._run_pending_e_step
+        trainer._run_pending_e_step = lambda fresh=False: run(fresh=False)
+    counts = counted(trainer)
+    rows = concatenated(trainer._buffered_inputs)
+    needed = {
+        teacher: (row_lengths(rows, teacher=teacher) - 1)[rows["has_feedback"]].sum().item() for teacher in (0, 1)
+    }
+    assert counts["e_step"][1] == needed[0] + 2 * needed[1]
+
+
+def test_prompts_of_the_teacher_that_are_equal_are_tokenised_once(tmp_path):
+    trainer = build(tmp_path, feedback_fn=lambda answer, **k: [f"It is {a}." for a in answer], max_steps=1)
+    tokenized, tokenize = [], trainer._tokenize_prompts
+    trainer._tokenize_prompts = lambda prompts: (tokenized.append(prompts), tokenize(prompts))[1]
+    trainer.train()
+    student, teacher = tokenized
+    assert len(student) == 16
+    assert len(teacher) == len(set(teacher)) == len(set(student)) <= 2
+    for batch in trainer._buffered_inputs:
+        for ids, mask in zip(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"].bool(), strict=True):
+            assert trainer._tokenizer.decode(ids[mask]) in teacher
