@@ -69,14 +69,15 @@ def full_weights(model):
     return weights
 
 
-def build(method, student, folder, world, **more):
+def build(method, student, model, folder, world, **more):
     changes = {**COMMON, **METHODS[method], **STUDENTS[student], **more}
     for name in ("peft_config", "teacher_peft_config"):
         if changes.get(name) == "lora":
             changes[name] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
     changes["per_device_train_batch_size"] = 8 // world
     changes["use_cpu"] = os.environ.get("ACCELERATE_TORCH_DEVICE") != "cpu"
-    trainer = tiny.trainer(folder, **changes)
+    # From a folder, as most users load models: under ZeRO-3 weights are sharded from then on
+    trainer = tiny.trainer(folder, mdl=model, **changes)
     fixed_rollouts(trainer)
     return trainer
 
@@ -100,6 +101,8 @@ def main(method, student, folder, phases):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     results, path = {"error": None}, f"{folder}/world{world}_rank{rank}.pt"
     run = f"{folder}/run_world{world}"
+    model = f"{run}_model_{rank}"
+    tiny.model(tiny.tokenizer()).save_pretrained(model)
     try:
         for phase in phases.split(","):
             results["phase"] = phase
@@ -114,7 +117,7 @@ def main(method, student, folder, phases):
                 more["feedback_fn"] = lambda prompts, **k: [None if rank else "text"] * len(prompts)
             elif phase == "no_success_on_one":
                 more["reward_funcs"] = lambda prompts, **k: [float(rank == 0 and i % 2) for i in range(len(prompts))]
-            trainer = build(method, student, run if phase == "resumed" else f"{run}_{phase}", world, **more)
+            trainer = build(method, student, model, f"{run}_{phase}", world, **more)
             trainer.train(resume_from_checkpoint=f"{run}_saved/checkpoint-2" if phase == "resumed" else None)
             results[phase] = outcome(trainer)
             trainer.accelerator.free_memory()
