@@ -163,7 +163,9 @@ class DeepSpeedEngine(Engine):
         """Clips as the engine's configuration says, to which transformers gives `max_grad_norm`."""
         engine = self.engine
         # The schedule, and what names checkpoints, count the student's steps
-        kept = {name: getattr(engine, name) for name in ("lr_scheduler", "global_steps", "global_samples", "micro_steps")}
+        kept = {
+            name: getattr(engine, name) for name in ("lr_scheduler", "global_steps", "global_samples", "micro_steps")
+        }
         engine.lr_scheduler = None
         try:
             engine.step()
