@@ -41,7 +41,7 @@ METHODS = {
     "vpd-ema-fixed-prior": {"teacher": "ema", "teacher_update_rate": 0.3, "prior": "fixed"},
 }
 PHASES = ("whole", "saved", "resumed", "no_feedback_on_one", "no_success_on_one")
-STUDENTS = {"full": {}, "lora": {"peft_config": "lora", "learning_rate": 2.0}}
+STUDENTS = {"full": {}, "lora": {"peft_config": "lora", "learning_rate": 2.0, "gradient_checkpointing": True}}
 
 
 def pretend_that_cpus_are_accelerators():

@@ -239,6 +239,24 @@ def test_the_first_version_of_fsdp_is_refused_with_weights_beside_the_students(t
         checks.check_model(trainer)
 
 
+@pytest.mark.parametrize(
+    ("zero", "named"),
+    [
+        ({"offload_param": {"device": "nvme"}}, "offload_param.device=nvme"),
+        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size=8"),
+        ({"mics_shard_size": 4}, "mics_shard_size=4"),
+        ({"offload_param": {"device": "cpu"}, "zero_hpz_partition_size": 1, "mics_shard_size": -1}, None),
+    ],
+)
+def test_zero3_is_refused_where_copies_of_weights_would_not_be_read(tmp_path, zero, named):
+    trainer = tiny.trainer(tmp_path, teacher="ema")
+    trainer._dist = SimpleNamespace(fsdp_version=None, is_zero3=True, gather_params=nullcontext)
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    trainer.accelerator = SimpleNamespace(num_processes=1, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match=named) if named else nullcontext():
+        checks.check_model(trainer)
+
+
 def test_the_head_is_read_in_its_modules_forward_pass(tmp_path):
     """Engines that shard weights gather the head's in hooks of that pass."""
     trainer = tiny.trainer(tmp_path, max_steps=1)
