@@ -40,7 +40,8 @@ METHODS = {
     "joint-loss": {"method": "joint_loss", "loss_type": "dapo"},
     "vpd-ema-fixed-prior": {"teacher": "ema", "teacher_update_rate": 0.3, "prior": "fixed"},
 }
-STUDENTS = {"full": {}, "lora": {"peft_config": "lora", "learning_rate": 2.0}}
+PHASES = ("whole", "saved", "resumed", "no_feedback_on_one", "no_success_on_one")
+STUDENTS = {"full": {}, "lora": {"peft_config": "lora", "learning_rate": 2.0, "gradient_checkpointing": True}}
 
 
 def pretend_that_cpus_are_accelerators():
@@ -69,14 +70,15 @@ def full_weights(model):
     return weights
 
 
-def build(method, student, folder, world, **more):
+def build(method, student, model, folder, world, **more):
     changes = {**COMMON, **METHODS[method], **STUDENTS[student], **more}
     for name in ("peft_config", "teacher_peft_config"):
         if changes.get(name) == "lora":
             changes[name] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
     changes["per_device_train_batch_size"] = 8 // world
     changes["use_cpu"] = os.environ.get("ACCELERATE_TORCH_DEVICE") != "cpu"
-    trainer = tiny.trainer(folder, **changes)
+    # From a folder, as most users load models: under ZeRO-3 weights are sharded from then on
+    trainer = tiny.trainer(folder, mdl=model, **changes)
     fixed_rollouts(trainer)
     return trainer
 
@@ -92,39 +94,59 @@ def outcome(trainer):
     }
 
 
-def main(method, student, folder, phases):
-    if os.environ.get("VPD_ENGINE", "ddp") != "ddp":
+def changes_of(phase, rank, world):
+    """What a phase changes in the cell's configuration."""
+    if phase == "whole":
+        return {}
+    if phase in ("saved", "resumed"):  # an optimizer with a state
+        return {
+            "optim": "adamw_torch",
+            "learning_rate": 1e-3,
+            "e_step_learning_rate": None,
+            "save_strategy": "steps",
+        } | {"save_steps": 2}
+    if phase == "no_feedback_on_one":
+        return {"max_steps": 1, "feedback_fn": lambda prompts, **k: [None if rank else "text"] * len(prompts)}
+    assert phase == "no_success_on_one"
+    reward = lambda prompts, **k: [float(rank == 0 and i % 2) for i in range(len(prompts))]  # noqa: E731
+    return {"max_steps": 1, "reward_funcs": reward}
+
+
+def run(method, student, model, folder, rank, world, save):
+    results = {}
+    for phase in PHASES if world > 1 else PHASES[:1]:
+        save(results | {"error": f"ended in phase {phase}"})
+        trainer = build(method, student, model, f"{folder}/{phase}", world, **changes_of(phase, rank, world))
+        trainer.train(resume_from_checkpoint=f"{folder}/saved/checkpoint-2" if phase == "resumed" else None)
+        results[phase] = outcome(trainer)
+        trainer.accelerator.free_memory()
+        AcceleratorState._reset_state()
+    save(results | {"error": None})
+
+
+def main(engine, cells, folder):
+    """`cells` is "method/student,…". Results are written cell by cell, so that a crash loses no more than one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if engine in ("fsdp2", "zero2", "zero3"):
         pretend_that_cpus_are_accelerators()
     else:
         PartialState(cpu=True)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    results, path = {"error": None}, f"{folder}/world{world}_rank{rank}.pt"
-    run = f"{folder}/run_world{world}"
-    try:
-        for phase in phases.split(","):
-            results["phase"] = phase
+    model = f"{folder}/model_{rank}_of_{world}"
+    tiny.model(tiny.tokenizer()).save_pretrained(model)
+    for cell in cells.split(","):
+        method, student = cell.split("/")
+        path, last = f"{folder}/{method}_{student}_{rank}_of_{world}.pt", {}
+
+        def save(results, path=path, last=last):
+            last.update(results)
             torch.save(results, path)
-            more: dict = {"max_steps": 2}
-            if phase == "whole":
-                more = {}
-            elif phase in ("saved", "resumed"):
-                more = {"optim": "adamw_torch", "learning_rate": 1e-3, "e_step_learning_rate": None}
-                more |= {"save_strategy": "steps", "save_steps": 2}
-            elif phase == "no_feedback_on_one":
-                more["feedback_fn"] = lambda prompts, **k: [None if rank else "text"] * len(prompts)
-            elif phase == "no_success_on_one":
-                more["reward_funcs"] = lambda prompts, **k: [float(rank == 0 and i % 2) for i in range(len(prompts))]
-            trainer = build(method, student, run if phase == "resumed" else f"{run}_{phase}", world, **more)
-            trainer.train(resume_from_checkpoint=f"{run}_saved/checkpoint-2" if phase == "resumed" else None)
-            results[phase] = outcome(trainer)
-            trainer.accelerator.free_memory()
-            del trainer
-            AcceleratorState._reset_state()
-    except BaseException:
-        results["error"] = traceback.format_exc()
-        raise
-    finally:
-        torch.save(results, path)
+
+        try:
+            run(method, student, model, f"{folder}/{method}_{student}_of_{world}", rank, world, save)
+        except BaseException:
+            save(last | {"error": traceback.format_exc()})
+            raise
+    # Threads of the group that still run when the interpreter ends can abort a process that has done its work
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,8 +1,5 @@
 """Two processes (gloo, CPU), started as a user would, train one model and never wait for each other for ever."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.launching import Hangs, accelerate_command, run
 from vpd_trl.feedback import contains_answer
 
 
@@ -19,33 +17,17 @@ SCRIPT = Path(__file__).parent / "distributed_script.py"
 def launch(scenario, folder, processes=2, *, fails=False):
     """The results of each process; a hang is a failure."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     # "multi_gpu" picks the launcher of several processes (with --cpu it would start one, or need MPI); the environment
     # says that they run on CPUs
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(port), str(SCRIPT), scenario, str(folder)]
+    launcher = ["--multi_gpu", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no"]
+    command = accelerate_command(SCRIPT, [scenario, folder], *map(str, launcher), "--dynamo_backend", "no")
     if processes == 1:
         command = [sys.executable, str(SCRIPT), scenario, str(folder)]
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output, _ = run.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        run.terminate()  # the launcher ends its processes, which killing it would leave behind
-        try:
-            output, _ = run.communicate(timeout=60)
-        finally:
-            run.kill()
-        pytest.fail(f"{scenario} hangs on {processes} processes.\n{output[-3000:]}")
-    assert (run.returncode != 0) is fails, output[-6000:]
+        status, output = run(command, seconds=240, ACCELERATE_USE_CPU="true")
+    except Hangs as hang:
+        pytest.fail(f"{scenario} hangs on {processes} processes.\n{hang}")
+    assert (status != 0) is fails, output[-6000:]
     return [torch.load(folder / f"world{processes}_rank{i}.pt", weights_only=False) for i in range(processes)]
 
 

@@ -268,13 +268,13 @@ def test_logits_of_a_bfloat16_head_are_float32():
     assert head.logits(hidden).dtype == torch.float32
 
 
-def test_a_detached_head_is_the_same_head_as_a_constant():
+def test_a_head_can_be_kept_as_a_constant():
     hidden, _, head, _ = setting(3, 11, scale=0.3, softcap=2.0, temperature=1.7)
-    constant = head.detach()
+    constant = head.kept(torch.Tensor.detach)
     assert not any(x.requires_grad for x in (constant.weight, constant.bias))
     assert all(x.requires_grad for x in (head.weight, head.bias))
     assert torch.equal(constant.logits(hidden), head.logits(hidden))
-    assert head._replace(bias=None).detach().bias is None
+    assert head._replace(bias=None).kept(torch.Tensor.detach).bias is None
 
 
 def test_bco_equals_the_reference():

@@ -187,6 +187,13 @@ def _check_engine(trainer: VPDTrainer) -> None:
             "version of FSDP shards those. Set fsdp_version: 2 in accelerate's configuration, or use teacher='shared' "
             "and prior='dynamic'."
         )
+    elsewhere = _shards_elsewhere(trainer)
+    if own_weights and elsewhere:
+        raise ValueError(
+            f"{' and '.join(own_weights)} needs weights beside the student's, which is not supported where DeepSpeed "
+            f"keeps shards elsewhere ({elsewhere}). Leave that out of its configuration, or use teacher='shared' and "
+            "prior='dynamic'."
+        )
     devices = set((getattr(trainer.model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         raise ValueError(
@@ -201,6 +208,19 @@ def _check_engine(trainer: VPDTrainer) -> None:
             "method='joint_loss' runs the model twice before each backward pass, which reentrant checkpointing does "
             "not allow on several processes. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+
+
+def _shards_elsewhere(trainer: VPDTrainer) -> str | None:
+    """What in DeepSpeed's configuration lets the network read weights from other memory than each process's shard."""
+    if not trainer._dist.is_zero3:
+        return None
+    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        return "offload_param.device=nvme"
+    for name, least in (("zero_hpz_partition_size", 2), ("mics_shard_size", 1)):
+        if isinstance(zero.get(name), int) and zero[name] >= least:
+            return f"{name}={zero[name]}"
+    return None
 
 
 def context_length(trainer: VPDTrainer) -> int | None:

@@ -67,13 +67,10 @@ def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
     return state
 
 
-def begin(trainer: VPDTrainer, checkpoint: str | None) -> None:
-    """Called when the model has been prepared for training and holds the weights of the checkpoint, if any."""
-    if trainer.parts.uses_feedback:
-        trainer.teacher.begin()
-        trainer.prior.begin()
-    if checkpoint is not None:
-        load(trainer, checkpoint)
+def begin(trainer: VPDTrainer) -> None:
+    """Called, once or again, when the model has been prepared for training, so that weights are where they stay."""
+    trainer.teacher.begin()
+    trainer.prior.begin()
 
 
 def load(trainer: VPDTrainer, folder: str) -> None:
@@ -114,6 +111,7 @@ def load(trainer: VPDTrainer, folder: str) -> None:
         return
     trainer._finished_rollout_batches = trainer._step // trainer._generate_every
     trainer.rollout_batches = state["rollout_batches"]
+    begin(trainer)
     trainer.teacher.load_state_dict(state["teacher"])
     trainer.prior.load_state_dict(state["prior"])
     trainer.e_step.load_state_dict(state["e_step"])

@@ -72,6 +72,7 @@ class WeightSnapshot:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Run the network on the copy; the student's weights come back on leaving, also by an exception."""
+        assert self.weights, "the copy has not been taken"
         if self._engine is not None and self._engine.shards_weights:
             with self._written_over():
                 yield
@@ -160,7 +161,7 @@ class SharedTeacher:
         self.trainer = trainer
 
     def begin(self) -> None:
-        """Called when training begins and the weights are where they stay, before a checkpoint's state is loaded."""
+        """Called, once or again, when training begins and the weights are where they stay."""
 
     # ---- Where it runs
 
@@ -282,7 +283,7 @@ class DynamicPrior:
     is_student = True
 
     def begin(self) -> None:
-        """Called when training begins and the weights are where they stay, before a checkpoint's state is loaded."""
+        """Called, once or again, when training begins and the weights are where they stay."""
 
     def context(self) -> AbstractContextManager[None]:
         """Where the prior's log-probabilities are computed."""

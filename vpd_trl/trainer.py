@@ -54,6 +54,9 @@ class _OptimizerStepCallback(TrainerCallback):
     def __init__(self, trainer: VPDTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        state.begin(self.trainer)
+
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._open_optimizer_step()
 
@@ -392,4 +395,5 @@ class VPDTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        state.begin(self, checkpoint)
+        if checkpoint is not None:
+            state.load(self, checkpoint)
