@@ -205,6 +205,7 @@ def running(monkeypatch, cache: Path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_not_a_token")
     huggingface_hub.utils.close_session()

@@ -151,7 +151,8 @@ def write(trainer: VPDTrainer, method: Callable, model_name: Any, dataset_name: 
     """
     if not trainer.is_world_process_zero():
         return
-    model_name = model_name or (trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name).split("/")[-1]
+    default = (trainer.hub_model_id or Path(trainer.args.output_dir).absolute().name).split("/")[-1]
+    model_name = " ".join(str(model_name or default).split()) or "model"
     dataset_name = dataset_name or trainer.dataset_name or hub_dataset(trainer.train_dataset)
     method(model_name, dataset_name, tags)
     path = os.path.join(trainer.args.output_dir, FILE)
@@ -192,11 +193,11 @@ def hub_dataset(dataset: Any) -> str | None:
 
 
 def _sections(
-    trainer: VPDTrainer, theirs: str, model_name: str | None, base: str | None, dataset_name: str | None
+    trainer: VPDTrainer, theirs: str, model_name: str, base: str | None, dataset_name: str | None
 ) -> Iterator[str]:
     method = METHODS[trainer.args.method]
     start = "A local model" if base is None else f"[{base}](https://huggingface.co/{base})"
-    yield f"# {plain(model_name or 'Model')}"
+    yield f"# {plain(model_name)}"
     yield (
         f"{start}, trained with {method.name}, {method.long_name} "
         f"([paper](https://huggingface.co/papers/{method.paper['id']})). {method.story}"
