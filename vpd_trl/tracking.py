@@ -1,4 +1,4 @@
-"""What TRL leaves out of a tracker."""
+"""The completions table where TRL has none for a tracker, or none that can be read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 MOST_ROWS = 32
 
 
-class CompletionsToTensorBoard(TrainerCallback):
+class CompletionsTable(TrainerCallback):
     """
-    With `log_completions=True`, puts the completions table into TensorBoard as text.
+    With `log_completions=True`, brings the completions table to TensorBoard, and as text to Trackio.
 
-    TRL hands it to Weights & Biases and Trackio, prints it and writes it to `completions/`, but has nothing for
-    TensorBoard.
+    TRL hands the table to Weights & Biases and Trackio after the metrics, prints it and writes it to `completions/`. It
+    has nothing for TensorBoard, and Trackio shows no more of a conversation than that it is an object.
 
     Args:
         trainer: The trainer.
@@ -38,6 +38,11 @@ class CompletionsToTensorBoard(TrainerCallback):
         trainer = self.trainer
         if not (state.is_world_process_zero and trainer.log_completions):
             return
+        if "trackio" in (args.report_to or ()):
+            for column in ("prompt", "completion"):
+                texts = list(map(as_text, trainer._logs[column]))
+                trainer._logs[column].clear()
+                trainer._logs[column].extend(texts)
         boards = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
         text = completions_table(trainer._logs) if boards else ""
         for board in boards if text else []:
@@ -52,8 +57,8 @@ def completions_table(logs: dict[str, Any]) -> str:
         logs: TRL's record of the last rollouts.
     """
     columns = {
-        "prompt": map(_text, logs["prompt"]),
-        "completion": map(_text, logs["completion"]),
+        "prompt": map(as_text, logs["prompt"]),
+        "completion": map(as_text, logs["completion"]),
         **logs["rewards"],
         **logs["extra"],
         "advantage": logs["advantages"],
@@ -62,8 +67,8 @@ def completions_table(logs: dict[str, Any]) -> str:
     return table([cell(name) for name in columns], rows) if rows else ""
 
 
-def _text(messages: str | list[dict[str, Any]]) -> str:
-    """A prompt or a completion; the turns of a conversation with their roles, if it has several."""
+def as_text(messages: str | list[dict[str, Any]]) -> str:
+    """A prompt or a completion as text; of a conversation of several turns with their roles."""
     if isinstance(messages, str):
         return messages
     texts = [text_of(message.get("content")) for message in messages]

@@ -31,7 +31,7 @@ from .prompts import TeacherPromptBuilder, check_prompt
 from .scoring import Scorer
 from .teacher import make_prior, make_teacher
 from .teacher_inputs import TeacherInputs
-from .tracking import CompletionsToTensorBoard
+from .tracking import CompletionsTable
 from .watch import Watch
 
 
@@ -195,7 +195,7 @@ class VPDTrainer(GRPOTrainer):
         self.dataset_name: str | None = None  # on model cards
         self.weights_step: int | None = None  # that of the best checkpoint once it has been loaded
         self.add_callback(hub.TeacherBesideStudent(self))
-        self.add_callback(CompletionsToTensorBoard(self))
+        self.add_callback(CompletionsTable(self))
 
     def _init_distillation(self, teacher_peft_config: PeftConfig | None) -> None:
         args, joint = self.args, self.args.method == "joint_loss"
@@ -348,7 +348,8 @@ class VPDTrainer(GRPOTrainer):
     # ---- Metrics
 
     def _record(self, name: str, value: float) -> None:
-        self._metrics["train"][name].append(value)
+        if value == value:  # not NaN, which says that there was nothing to measure
+            self._metrics["train"][name].append(value)
 
     # ---- The Hub
 
