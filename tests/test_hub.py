@@ -1,16 +1,21 @@
 """Pushes by the real client, to a Hub on this machine: everything is there, loads back, and nothing else is."""
 
+import json
 import logging
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests import hub_server, tiny
+from vpd_trl import VPDConfig, VPDTrainer
+from vpd_trl.cli import main
 
 
 ADAPTER = {"teacher/adapter/adapter_config.json", "teacher/adapter/adapter_model.safetensors"}
@@ -266,3 +271,44 @@ def test_every_folder_that_a_model_is_saved_to_has_its_card(tmp_path):
         assert f"after step {step} of 2" in card.text, place
         assert "More Information Needed" not in card.text, "PEFT's form that nobody has filled in"
         assert card.data.base_model is None
+
+
+def test_the_command_pushes_once_with_the_results_and_a_push_that_fails_leaves_them(hub, tmp_path, tokenizer, capsys):
+    tiny.model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    recipe = {"task": f"{Path(__file__).parent / 'cli_task.py'}:Sums", "output_dir": str(tmp_path / "out")}
+    recipe |= {"model_name_or_path": str(tmp_path / "base"), "evaluate": True, "eval_samples": 2, "eval_limit": 2}
+    recipe |= {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4, "max_steps": 1}
+    recipe |= {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "push_to_hub": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    hub.failing = ("/preupload/", 403)
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vpd-trl: error: HfHubHTTPError: ")
+    assert "403 Forbidden" in error
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_avg@2" in row for row in history)
+    assert "eval_avg@2" in (tmp_path / "out" / "README.md").read_text()
+    hub.failing = None
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert [message for _, message, _, _ in hub.commits] == ["End of training"]
+    pushed = ModelCard(hub.files["tester/out"]["README.md"].decode())
+    assert "eval_avg@2" in pushed.text
+    assert pushed.data.datasets is None
+    assert str(tmp_path) not in pushed.content
+
+
+def test_the_readmes_example_pushes_checkpoints_and_the_model(hub, tmp_path, tokenizer, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.split("## On the Hub")[1].split("```python\n")[1].split("```")[0]
+    tiny.model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    code = code.replace('"Qwen/Qwen3-0.6B"', '"model"')
+    small = "max_steps=1, save_steps=1, max_completion_length=4, num_generations=4, per_device_train_batch_size=4, "
+    small += "bf16=False, use_cpu=True, gradient_checkpointing=False, report_to='none', disable_tqdm=True"
+    code = code.replace('VPDConfig("qwen3-vpd", ', f'VPDConfig("qwen3-vpd", {small}, ')
+    scope = {"VPDConfig": VPDConfig, "VPDTrainer": VPDTrainer, "dataset": tiny.dataset(8)}
+    exec(code, scope | {"reward": tiny.parity_reward, "feedback": tiny.answer_feedback})
+    assert [message for _, message, _, _ in hub.commits] == ["Training in progress, step 1", "End of training"]
+    assert ModelCard(hub.files["tester/qwen3-vpd"]["README.md"].decode()).data.datasets == "openai/gsm8k"

@@ -5,6 +5,7 @@ import sqlite3
 import struct
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_tensorboard_has_all_metrics_and_the_completions(tmp_path, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with caplog.at_level("WARNING"):
-        trainer, logged, completions = tracked(tmp_path, "tensorboard")
+        _, logged, completions = tracked(tmp_path, "tensorboard")
     assert "attempting to log a value of" not in caplog.text
     (folder,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(folder))
@@ -210,3 +211,14 @@ def test_the_table_in_markdown_holds_so_many_rollouts_and_no_more():
     assert lines[2] == "| user: 1+1=<br>assistant: 2 | x<br>y | 0.25 |  | 0.3333 |"
     empty = {"prompt": [], "completion": [], "rewards": {}, "extra": {}, "advantages": []}
     assert completions_table(empty) == ""
+
+
+def test_the_readme_says_what_a_run_is_tracked_with(tmp_path):
+    section = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("## Tracking")[1]
+    section = section.split("\n## ")[0]
+    code = section.split("```python\n")[1].split("```")[0]
+    scope = {"VPDConfig": lambda name, **changes: tiny.config(tmp_path / name, **changes)}
+    exec(code, scope)
+    assert scope["args"].report_to == ["trackio", "tensorboard", "wandb"]
+    assert scope["args"].project == "vpd"
+    assert f"the first {MOST_ROWS}" in section
