@@ -30,6 +30,7 @@ class Hub:
     Attributes:
         files: Per repository, its files by path.
         commits: (repository, message, paths that were added, paths or folders that were deleted), in order.
+        requests, tokens: What has been asked, and by whom.
         failing: A pattern of paths of requests that are answered with an error, and its status.
     """
 
@@ -37,6 +38,7 @@ class Hub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.commits: list[tuple[str, str, list[str], list[str]]] = []
         self.requests: list[str] = []
+        self.tokens: list[str] = []
         self.failing: tuple[str, int] | None = None
         self.gate = threading.Event()  # commits wait for it
         self.gate.set()
@@ -54,6 +56,8 @@ class Hub:
                 path = unquote(urlsplit(self.path).path)
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 hub.requests.append(f"{self.command} {path}")
+                if "Authorization" in self.headers:  # an upload's address is leave enough
+                    hub.tokens.append(self.headers["Authorization"].removeprefix("Bearer "))
                 if hub.failing is not None and re.search(hub.failing[0], path):
                     status, headers, content = hub.failing[1], {}, b'{"error": "out of order"}'
                 else:

@@ -258,6 +258,16 @@ def test_a_push_takes_the_token_and_the_revision_that_it_is_given(hub, tmp_path,
     assert ModelCard(hub.files["tester/out"]["README.md"].decode()).data.datasets == "openai/gsm8k"
 
 
+def test_the_token_is_used_and_not_published(hub, tmp_path):
+    trainer = pushing(tmp_path / "out", hub_token="hf_secret", max_steps=1, hub_strategy="checkpoint")
+    trainer.train()
+    trainer.push_to_hub()
+    assert set(hub.tokens) == {"hf_secret"}
+    assert {"training_args.bin", "last-checkpoint/training_args.bin"} <= set(hub.files["tester/out"])
+    assert not [name for name, content in hub.files["tester/out"].items() if b"hf_secret" in content]
+    assert torch.load(tmp_path / "out" / "training_args.bin", weights_only=False).hub_token is None
+
+
 def test_every_folder_that_a_model_is_saved_to_has_its_card(tmp_path):
     trainer = tiny.trainer(
         tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1, peft_config=LoraConfig(**LORA)
