@@ -153,6 +153,8 @@ def test_what_an_earlier_runs_teacher_left_is_not_pushed_by_a_run_whose_teacher_
     trainer = pushing(tmp_path / "out", **changes)
     trainer.push_to_hub()
     assert not any(name.startswith("teacher") for name in hub.files["tester/out"])
+    assert not any(name.startswith("teacher") for _, _, added, _ in hub.commits for name in added)
+    assert not (tmp_path / "out/teacher/adapter").exists()
 
 
 def test_a_push_in_the_background_is_pushed_whole_while_training_goes_on(hub, tmp_path):
@@ -180,7 +182,8 @@ def test_a_push_in_the_background_is_pushed_whole_while_training_goes_on(hub, tm
 
 def test_checkpoints_that_cannot_be_pushed_are_told_of_and_lose_nothing(hub, tmp_path, caplog):
     trainer = pushing(tmp_path / "out", max_steps=1, hub_strategy="checkpoint")
-    hub.failing = ("/commit/", 403)
+    earlier_run(hub)
+    hub.failing = ("/preupload/", 403)
     with caplog.at_level(logging.WARNING):
         trainer.train()
     wait_for(lambda: caplog.text.count("push to") == 2)
@@ -193,6 +196,7 @@ def test_checkpoints_that_cannot_be_pushed_are_told_of_and_lose_nothing(hub, tmp
     assert trainer.state.global_step == 1
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-1")
     assert torch.equal(logits(student), logits(trainer.model))
+    assert hub.files["tester/out"].keys() >= ADAPTER, "it belongs to the student that is there still"
     hub.failing = None
     trainer.push_to_hub()
     assert set(hub.files["tester/out"]) >= STUDENT
