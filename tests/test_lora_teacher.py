@@ -460,12 +460,13 @@ def test_a_push_during_training_takes_the_teacher_that_goes_with_the_student(tmp
     (folder / "adapter_model.safetensors").write_bytes(b"of an earlier run")
     pushed = []
 
-    def push(checkpoint):
+    def push(self, checkpoint):
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         weights = folder / "adapter_model.safetensors"
         pushed.append(load_file(weights) if weights.exists() else None)
 
     original = GRPOTrainer._push_from_checkpoint
-    GRPOTrainer._push_from_checkpoint = lambda self, checkpoint: push(checkpoint)
+    GRPOTrainer._push_from_checkpoint = push
     try:
         trainer.train()
         trainer._push_from_checkpoint(str(tmp_path / "checkpoint-3"))

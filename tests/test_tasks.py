@@ -71,6 +71,14 @@ def test_the_papers_tasks_have_names():
     assert task_names() == ["humaneval", "livecodebench", "math", "sciknoweval"]
 
 
+def test_a_task_names_the_data_set_that_it_loads_from_the_hub():
+    assert load_task("sciknoweval", domain="biology").hub_dataset == "hicai-zju/SciKnowEval"
+    assert load_task("math").hub_dataset == "BytedTsinghua-SIA/DAPO-Math-17k"
+    assert load_task("livecodebench").hub_dataset == "livecodebench/code_generation_lite"
+    assert load_task("math", path="here").hub_dataset is None
+    assert load_task("humaneval").hub_dataset is None
+
+
 def test_an_unknown_name_is_told_the_known_ones():
     with pytest.raises(ValueError, match=r"no task 'sciknow'; there are humaneval, livecodebench, math, sciknoweval"):
         load_task("sciknow")

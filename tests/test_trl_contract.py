@@ -29,7 +29,9 @@ HOOKS = [
     (GRPOTrainer.training_step, "self model inputs num_items_in_batch"),
     (Trainer.get_batch_samples, "self epoch_iterator num_batches device"),
     (Trainer._get_output_dir, "self trial"),
+    (GRPOTrainer.create_model_card, "self model_name dataset_name tags"),
     (Trainer._push_from_checkpoint, "self checkpoint_folder"),
+    (Trainer.push_to_hub, "self commit_message blocking token revision private kwargs"),
     (Trainer._load_best_model, "self"),
     (Trainer.train, "self resume_from_checkpoint trial ignore_keys_for_eval"),
     (Trainer._load_from_checkpoint, "self resume_from_checkpoint model"),
@@ -88,10 +90,17 @@ def test_the_trainer_has_the_attributes_that_this_library_reads(tmp_path):
         "current_gradient_accumulation_steps",
         "generation_config",
         "eos_token_ids",
+        "log_completions",
+        "reward_func_names",
     ]:
         assert hasattr(trainer, name), name
     batch = trainer._buffered_inputs[0]
     assert {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"} <= batch.keys()
+
+
+def test_trls_record_of_the_rollouts_has_the_parts_of_its_completions_table(tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    assert {"prompt", "completion", "rewards", "extra", "advantages"} <= trainer._logs.keys()
 
 
 def test_the_trainer_takes_what_grpotrainer_takes_in_its_order():

@@ -214,6 +214,10 @@ class VPDConfig(GRPOConfig):
         self._check_batch_sizes()
         self._warn_about_fields_without_effect()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled as training_args.bin, which lies beside every model and is pushed with it
+        return {**self.__dict__, "hub_token": None}
+
     @property
     def parts(self) -> Method:
         """What `method` is made of."""

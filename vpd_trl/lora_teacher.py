@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import Trainer
 
 from .network import causal_lm
-from .teacher import SharedTeacher
+from .teacher import TEACHER_FOLDER, SharedTeacher
 
 
 if TYPE_CHECKING:
@@ -204,9 +205,17 @@ class LoRATeacher(SharedTeacher):
                 parameter.copy_(state["adapter"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def describe(self) -> str:
+        where = f"in `{Path(TEACHER_FOLDER).as_posix()}`" if self.saves_adapter else "not part of this model"
+        return f"the student's weights and a LoRA adapter of its own, of rank {self.config.r}, {where}"
+
+    @property
+    def saves_adapter(self) -> bool:
+        return self.trainer.args.save_teacher_adapter
+
     def save_pretrained(self, folder: str) -> None:
         """Write the adapter in PEFT's format, unless it is to be left out."""
-        if not self.trainer.args.save_teacher_adapter:
+        if not self.saves_adapter:
             return super().save_pretrained(folder)
         os.makedirs(folder, exist_ok=True)
         weights = {name: p.detach().to("cpu").contiguous() for name, p in self.parameters.items()}

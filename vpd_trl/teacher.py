@@ -234,6 +234,15 @@ class SharedTeacher:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
+    def describe(self) -> str:
+        """The weights that the targets come from, in words for a model card."""
+        return "the student's own weights"
+
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether `save_pretrained` writes an adapter."""
+        return False
+
     def save_pretrained(self, folder: str) -> None:
         """
         Write what the teacher has beside the student's weights to a folder.
@@ -269,6 +278,11 @@ class EMATeacher(SharedTeacher):
 
     def after_rollout_batch(self) -> None:
         self.average.move_towards(self.rate)
+
+    def describe(self) -> str:
+        return (
+            f"a moving average of the student's weights, rate {self.rate:g} per rollout batch, not part of this model"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average.state_dict()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import checkpoints, checks, state
+from . import card, checkpoints, checks, hub, state
 from .advantages import AdvantageShaper
 from .annotate import Annotation, Annotator
 from .batch import Batch
@@ -32,8 +31,9 @@ from .m_step import MStep
 from .processes import stop_together
 from .prompts import check_prompt
 from .scoring import Scorer
-from .teacher import TEACHER_FOLDER, make_prior, make_teacher
+from .teacher import make_prior, make_teacher
 from .teacher_inputs import TeacherInputs
+from .tracking import CompletionsTable
 from .watch import Watch
 
 
@@ -119,23 +119,13 @@ class VPDTrainer(GRPOTrainer):
     #   get_batch_samples, _prepare_inputs                     when rollouts are collected
     #   _compute_loss, training_step                           the M-step
     #   evaluate                                               evaluations beside TRL's own
-    #   train, _get_train_sampler, save_model, _save_checkpoint, _push_from_checkpoint,
+    #   create_model_card, push_to_hub, _push_from_checkpoint  the Hub
+    #   train, _get_train_sampler, save_model, _save_checkpoint,
     #   _load_optimizer_and_scheduler, _load_best_model        state
 
     _buffered_inputs: Any
 
-    _tag_names = ["trl", "vpd"]
-    _name = "VPD"
-    _paper = {
-        "title": "Learning from Language Feedback via Variational Policy Distillation",
-        "id": "2605.15113",
-        "citation": textwrap.dedent("""\
-            @article{vpd2026,
-                title  = {{Learning from Language Feedback via Variational Policy Distillation}},
-                year   = 2026,
-                eprint = {arXiv:2605.15113},
-            }"""),
-    }
+    _name, _tag_names, _paper, *_ = card.METHODS["vpd"]
 
     def __init__(
         self,
@@ -163,6 +153,7 @@ class VPDTrainer(GRPOTrainer):
         checks.check_config(args)
         checkpoints.check_folder(args)
         self.parts = args.parts
+        self._name, self._tag_names, self._paper, *_ = card.METHODS[args.method]
         self.feedback = None if feedback_fn is None else FeedbackCollector(feedback_fn)
         reward_funcs = checks.check_rewards(args, reward_funcs, environment_factory)
         checks.check_arguments(
@@ -209,6 +200,10 @@ class VPDTrainer(GRPOTrainer):
         self._rollout_start = 0.0
         self._m_step_time = 0.0
         self._watch = Watch(logger)
+        self.dataset_name: str | None = None  # on model cards
+        self.weights_step: int | None = None  # that of the best checkpoint once it has been loaded
+        self.add_callback(hub.TeacherBesideStudent(self))
+        self.add_callback(CompletionsTable(self))
 
     def _init_distillation(self, teacher_peft_config: PeftConfig | None) -> None:
         args, joint = self.args, self.args.method == "joint_loss"
@@ -353,7 +348,19 @@ class VPDTrainer(GRPOTrainer):
     # ---- Metrics
 
     def _record(self, name: str, value: float) -> None:
-        self._metrics["train"][name].append(value)
+        if value == value:  # not NaN, which says that there was nothing to measure
+            self._metrics["train"][name].append(value)
+
+    # ---- The Hub
+
+    def create_model_card(self, model_name: Any = None, dataset_name: Any = None, tags: Any = None) -> None:
+        card.write(self, super().create_model_card, model_name, dataset_name, tags)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        return hub.push(self, super().push_to_hub, *args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        hub.push_checkpoint(self, super()._push_from_checkpoint, checkpoint_folder)
 
     # ---- State
 
@@ -364,19 +371,13 @@ class VPDTrainer(GRPOTrainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._save_teacher(output_dir or self.args.output_dir)  # first, as the rest may end in a push to the Hub
+        hub.save_teacher(self, output_dir or self.args.output_dir)  # first, as the rest may end in a push to the Hub
         super().save_model(output_dir, _internal_call)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._save_teacher(self.args.output_dir)  # beside the student, which is copied there
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_teacher(self, output_dir: str) -> None:
-        if self.parts.uses_feedback and self.args.should_save:
-            self.teacher.save_pretrained(os.path.join(output_dir, TEACHER_FOLDER))
+        hub.save_card(self, output_dir or self.args.output_dir)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        self.weights_step = self.state.best_global_step
         if self.parts.uses_feedback:
             state.load_teacher(self, self.state.best_model_checkpoint)
 

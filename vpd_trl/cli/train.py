@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     if not stop.stopped:
-        _finish(trainer, task_args)
+        _finish(trainer)
     main, step = trainer.accelerator.is_main_process, trainer.state.global_step
     trainer.accelerator.end_training()
     if stop.stopped:
@@ -89,7 +89,7 @@ def build(task_args: TaskArguments, config: VPDConfig, model_args: ModelConfig) 
         **(config.model_init_kwargs or {}),
     }
     source = None if str(task_args.feedback).lower() == "none" else task_args.feedback
-    return VPDTrainer(
+    trainer = VPDTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=task.reward_funcs,
         args=config,
@@ -100,6 +100,8 @@ def build(task_args: TaskArguments, config: VPDConfig, model_args: ModelConfig) 
         teacher_peft_config=teacher,
         evaluation=_evaluation(task, task_args) if task_args.evaluate else None,
     )
+    trainer.dataset_name = task.hub_dataset
+    return trainer
 
 
 def _evaluation(task: Any, task_args: TaskArguments) -> Any:
@@ -152,14 +154,15 @@ def resume_point(task_args: TaskArguments, config: VPDConfig) -> str | None:
     return None
 
 
-def _finish(trainer: VPDTrainer, task_args: TaskArguments) -> None:
-    """Save the model first: an evaluation can take long, and be stopped."""
-    trainer.save_model()
+def _finish(trainer: VPDTrainer) -> None:
+    """Save the model first: an evaluation can take long, and be stopped. Push last: it can fail."""
+    trainer.save_model(_internal_call=True)  # a push of its own would come before the results
     if trainer.evaluation is not None and not _evaluated(trainer):
         trainer.evaluate()
     trainer.save_state()
+    trainer.create_model_card()
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=task_args.task)
+        trainer.push_to_hub()
     trainer.accelerator.print(f"vpd-trl: done after {trainer.state.global_step} steps; see {trainer.args.output_dir}")
 
 

@@ -71,6 +71,11 @@ class Task(ABC):
         """The reward functions, in TRL's form. Each success must be worth at least `success_threshold`."""
 
     @property
+    def hub_dataset(self) -> str | None:
+        """The name on the Hub of the data set that is trained on, for model cards; `None` if it is not from there."""
+        return None
+
+    @property
     def environment_feedback(self) -> Callable | None:
         """The feedback function that speaks for the task's environment; `None` if it has nothing to say."""
         return None

@@ -126,6 +126,10 @@ class LiveCodeBench(Task):
         """
         return CodeRunner(Sandbox(isolation=self.isolation, limits=LIMITS, batch_seconds=BATCH_SECONDS))
 
+    @property
+    def hub_dataset(self) -> str | None:
+        return SOURCE.repo if self.path is None else None
+
     @cached_property
     def reward_funcs(self) -> Callable:
         """1 for a program that passes all tests of its row, else 0."""

@@ -85,6 +85,10 @@ class Mathematics(Task):
             raise ValueError(f"There are no problems in the rows of {self.path or source.repo} for {split!r}.")
         return Dataset.from_list([_row(problem, answer) for problem, answer in pairs])
 
+    @property
+    def hub_dataset(self) -> str | None:
+        return SOURCES["train"].repo if self.path is None else None
+
     @cached_property
     def reward_funcs(self) -> Callable:
         """1 for an answer that equals the reference, else 0."""

@@ -99,6 +99,10 @@ class SciKnowEval(Task):
         return row["domain"] == DOMAINS[self.domain] and level == LEVEL and row["type"] in TYPES
 
     @property
+    def hub_dataset(self) -> str | None:
+        return SOURCE.repo if self.path is None else None
+
+    @property
     def reward_funcs(self) -> Callable:
         """1 for the right letter, else 0."""
         return self._reward
