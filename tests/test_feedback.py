@@ -315,4 +315,7 @@ def test_an_async_function_that_was_begun_is_closed_when_another_raises():
 
     with pytest.raises(KeyError):
         call([first, broken])
+    deadline = time.monotonic() + 5
+    while begun[0].cr_frame is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert begun[0].cr_frame is None, "closed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Annotator:
         self.trainer = trainer
         self.collector = collector
         self.special_tokens = SpecialTokens(trainer._tokenizer)
+        self._generating = threading.Lock()  # async feedback functions run on a thread of their own
 
     def __call__(
         self,
@@ -112,9 +114,13 @@ class Annotator:
         Raises:
             TypeError: If some prompts are strings and others conversations.
         """
-        trainer = self.trainer
         if len({isinstance(prompt, str) for prompt in prompts}) > 1:
             raise TypeError("generate() takes prompts of one form: all strings, or all conversations.")
+        with self._generating:
+            return self._generate(prompts)
+
+    def _generate(self, prompts: list) -> list[Generated]:
+        trainer = self.trainer
         counts = meet(trainer.accelerator, "generate()", len(prompts))
         answers = [Generated(finished=False) for _ in prompts]
         if not any(counts):

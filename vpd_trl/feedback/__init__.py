@@ -2,6 +2,7 @@
 
 from .base import Feedback, FeedbackFn, Generated, Rollout
 from .critique import SelfCritiqueFeedback
+from .each import EachRollout
 from .execution import ExecutionFeedback
 from .judge import JudgeFeedback
 from .leak import contains_answer, redact_answer
@@ -9,6 +10,7 @@ from .sibling import SiblingFeedback
 
 
 __all__ = [
+    "EachRollout",
     "ExecutionFeedback",
     "Feedback",
     "FeedbackFn",

@@ -8,7 +8,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl.trainer.utils import get_callable_name, shutdown_event_loop_in_daemon, start_event_loop_in_daemon
+from trl.trainer.utils import (
+    get_callable_name,
+    is_async_callable,
+    shutdown_event_loop_in_daemon,
+    start_event_loop_in_daemon,
+)
 
 from .base import RESERVED_KEYWORDS, Feedback, FeedbackFn, Rollout, as_feedback, merge
 
@@ -17,8 +22,9 @@ class FeedbackCollector:
     """
     Calls the feedback functions on a rollout batch and merges what they say.
 
-    Async functions run together on an event loop of the collector's own thread, which lives as long as the process:
-    clients that an `async` function keeps stay valid, and a loop that already runs (a notebook's) is left alone.
+    Async functions run together, and beside the others, on an event loop of the collector's own thread, which lives as
+    long as the process: clients that an `async` function keeps stay valid, and a loop that already runs (a notebook's)
+    is left alone.
 
     Args:
         feedback_fn: One feedback function or a list of them; of a list, the first non-blank text of each section wins.
@@ -42,7 +48,8 @@ class FeedbackCollector:
         self.names = [get_callable_name(function) for function in functions]
         self._accepts = [_accepted_keywords(function) for function in functions]
         self._columns = [set(getattr(function, "required_columns", ())) for function in functions]
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_async = [is_async_callable(function) for function in functions]
+        self._running_loop: asyncio.AbstractEventLoop | None = None
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """
@@ -79,40 +86,40 @@ class FeedbackCollector:
             ValueError: If the list has another length.
             Exception: Whatever a function raises, with its name in a note.
         """
-        results: list[Any] = []
+        results: list[Any] = [None] * len(self.functions)
+        running: dict[int, Any] = {}
         try:
-            for name, function, (accepted, _) in zip(self.names, self.functions, self._accepts, strict=True):
-                selected = kwargs if accepted is None else {key: kwargs[key] for key in accepted if key in kwargs}
-                with _named(name):
-                    results.append(function(**selected))
+            # What waits for others begins first, and waits while the rest works
+            for i in sorted(range(len(self.functions)), key=lambda i: not self._is_async[i]):
+                results[i] = self._call(i, kwargs)
+                if inspect.isawaitable(results[i]):
+                    running[i] = asyncio.run_coroutine_threadsafe(self._await(self.names[i], results[i]), self._loop())
+            for i, future in running.items():
+                results[i] = future.result()
         except BaseException:
-            for result in results:  # what was begun will not be awaited any more
-                if inspect.iscoroutine(result):
-                    result.close()
+            for future in running.values():
+                future.cancel()
             raise
-        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-        if waiting:
-            done = self._run([self._await(self.names[i], results[i]) for i in waiting])
-            for i, result in zip(waiting, done, strict=True):
-                results[i] = result
         checked = [self._check(name, result, count) for name, result in zip(self.names, results, strict=True)]
         return [merge(entries) for entries in zip(*checked, strict=True)]
+
+    def _call(self, i: int, kwargs: dict[str, Any]) -> Any:
+        accepted, _ = self._accepts[i]
+        selected = kwargs if accepted is None else {key: kwargs[key] for key in accepted if key in kwargs}
+        with _named(self.names[i]):
+            return self.functions[i](**selected)
 
     @staticmethod
     async def _await(name: str, awaitable: Any) -> Any:
         with _named(name):
             return await awaitable
 
-    def _run(self, coroutines: list[Any]) -> list[Any]:
-        if self._loop is None:
-            thread, self._loop, ready = start_event_loop_in_daemon(name="vpd-trl-feedback")
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        if self._running_loop is None:
+            thread, self._running_loop, ready = start_event_loop_in_daemon(name="vpd-trl-feedback")
             ready.wait()
-            atexit.register(shutdown_event_loop_in_daemon, thread, self._loop)
-
-        async def gather() -> list[Any]:
-            return await asyncio.gather(*coroutines)
-
-        return asyncio.run_coroutine_threadsafe(gather(), self._loop).result()
+            atexit.register(shutdown_event_loop_in_daemon, thread, self._running_loop)
+        return self._running_loop
 
     @staticmethod
     def _check(name: str, result: Any, count: int) -> list[Feedback]:
