@@ -1,0 +1,190 @@
+"""Each measurement: ratios of things that are counted or timed side by side on the same model, data and rollouts."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import setting
+
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="vpd-benchmark-"))
+
+
+# ---- Work: floating-point operations and tokens of training, generation left out
+
+
+def work(kind: str, *, steps: int = 5, coverage: float = 1.0, longest: int = 200, **changes: Any) -> dict[str, float]:
+    """Operations of `steps` optimizer steps, and tokens that enter the network with the share that is no padding."""
+    network = setting.model()
+    made = setting.trainer(
+        kind, network, setting.questions(64, coverage=coverage), _folder(), max_steps=steps, **changes
+    )
+    setting.with_rollouts(made, setting.rollouts_of_mixed_length(longest))
+    entered = real = 0
+    forward = network.model.forward
+
+    def counting(*args: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        nonlocal entered, real
+        entered += input_ids.numel()
+        real += int(attention_mask.sum())
+        return forward(*args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    network.model.forward = counting
+    with FlopCounterMode(display=False) as counter:
+        made.train()
+    return {"flops": counter.get_total_flops(), "tokens": entered, "real": real / entered}
+
+
+# ---- Memory of a training step
+
+
+class _PeakMemory:
+    """The highest resident memory of this process while it is entered, in bytes above that at its beginning."""
+
+    def __enter__(self) -> _PeakMemory:
+        gc.collect()
+        self._start = self._peak = self._resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = self._peak - self._start
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self._peak = max(self._peak, self._resident())
+
+    @staticmethod
+    def _resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(
+    kind: str, *, tokens: int = 1024, vocabulary: int = setting.QWEN3_VOCABULARY, **changes: Any
+) -> dict[str, float]:
+    """Peak extra bytes, and seconds, of one micro-batch forwards and backwards, after a warm-up."""
+    rows = 4
+    network = setting.model(vocabulary=vocabulary, hidden=128, layers=2)
+    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "num_generations": rows}
+    data = setting.questions(8)
+    made = setting.trainer(kind, network, data, _folder(), **batch, max_steps=3, optim="sgd", **changes)
+    length = tokens // rows
+    setting.with_rollouts(made, lambda number, n: [[2 + i] * length for i in range(n)])
+    found = []
+    step = made.training_step
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        with _PeakMemory() as peak:
+            loss = step(*args, **kwargs)
+        found.append({"bytes": peak.bytes, "seconds": time.perf_counter() - start})
+        network.zero_grad()
+        return loss
+
+    made.training_step = measured
+    made.train()
+    return min(found[1:], key=lambda entry: entry["bytes"])
+
+
+# ---- Time of whole runs
+
+
+def run_time(kind: str, *, steps: int = 5, length: int = 64, **changes: Any) -> float:
+    """Seconds of a run with generation by transformers, of completions of one length for all."""
+    network = setting.model(hidden=256, layers=4)
+    network.generation_config.min_new_tokens = length
+    made = setting.trainer(
+        kind,
+        network,
+        setting.questions(64),
+        _folder(),
+        max_steps=steps + 1,
+        max_completion_length=length,
+        generation_kwargs={"min_new_tokens": length},
+        **changes,
+    )
+    starts: list[float] = []
+    made.add_callback(_after_first_step(starts))
+    made.train()
+    return time.perf_counter() - starts[0]
+
+
+def _after_first_step(starts: list[float]) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                starts.append(time.perf_counter())
+
+    return Clock()
+
+
+# ---- Starting up
+
+
+IMPORTS = {"vpd_trl": "from vpd_trl import VPDTrainer", "trl": "from trl import GRPOTrainer"}
+
+
+def import_time(name: str) -> float:
+    """Seconds of an import in a fresh interpreter, the interpreter's own left out."""
+    code = f"import time; s = time.perf_counter(); {IMPORTS[name]}; print(time.perf_counter() - s)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return float(done.stdout.split()[-1])
+
+
+# ---- In processes of their own
+
+
+def apart(function: str, *arguments: Any, **options: Any) -> Any:
+    """A measurement in a fresh process on one thread, so that none inherits another's memory or caches."""
+    call = json.dumps({"function": function, "arguments": arguments, "options": options})
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "examples.benchmarks.measures", call]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{function}{arguments} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def side_by_side(repeats: int, function: str, *cases: tuple[Any, dict[str, Any]]) -> list[list[Any]]:
+    """Results of each case, measured in turn, `repeats` times over."""
+    found: list[list[Any]] = [[] for _ in cases]
+    for _ in range(repeats):
+        for results, (argument, options) in zip(found, cases, strict=True):
+            results.append(apart(function, argument, **options))
+    return found
+
+
+def ratio(first: list[float], second: list[float]) -> dict[str, Any]:
+    """The median of the ratios, pair by pair, and all of them."""
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    return {"ratio": statistics.median(ratios), "ratios": ratios}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    call = json.loads(sys.argv[1])
+    print(json.dumps(globals()[call["function"]](*call["arguments"], **call["options"])))

@@ -1,0 +1,80 @@
+"""The README's table and the chart of growth from the results files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README = HERE.parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks-table -->", "<!-- /benchmarks-table -->"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table() -> str:
+    """What has been measured, against what, and the aim that was set."""
+    rows = ["| measured | against | ratio | aim |", "|---|---|---|---|"]
+    add = rows.append
+    work, memory, time, imports = map(load, ("work", "memory", "time", "imports"))
+    if memory:
+        for mode, found in memory["modes"].items():
+            what = f"`sdpo`, {mode}: peak memory of a step at 151,936 tokens of vocabulary"
+            add(f"| {what} | `SDPOTrainer` | {found['bytes']['ratio']:.2f} | ≤ 0.25 |")
+            add(f"| the same: time | `SDPOTrainer` | {found['seconds']['ratio']:.2f} | ≤ 1.00 |")
+    if work:
+        for coverage, found in work["sdpo"].items():
+            what = f"`sdpo`, {coverage.replace('coverage 1', 'feedback on all').replace('coverage 0.5', 'feedback on half')}"
+            add(f"| {what}: FLOPs of training | `SDPOTrainer` | {found['flops']:.2f} | ≤ 0.80 |")
+        real = work["sdpo"]["coverage 1"]
+        add(
+            f"| tokens in forward passes that are real | all | {real['ours']['real']:.2f} (`SDPOTrainer` {real['trl']['real']:.2f}) | ≥ 0.95 |"
+        )
+        add(f"| `vpd`, F = 5: FLOPs of training | `sdpo` | {work['vpd']['flops']:.2f} | ≤ 1.20 |")
+    if time:
+        add(
+            f"| `vpd`, F = 5: time of a run with generation | `sdpo` | {time['vpd over sdpo']['ratio']:.2f} | ≤ 1.10 |"
+        )
+        add(f"| the same | `GRPOTrainer` | {time['vpd over trl grpo']['ratio']:.2f} | ≤ 1.30 |")
+    if imports:
+        add(f"| `from vpd_trl import VPDTrainer` | `from trl import GRPOTrainer` | {imports['ratio']:.2f} | < 1.10 |")
+    return "\n".join(rows)
+
+
+def chart(path: Path) -> None:
+    """Operations against each axis, and what would be linear."""
+    found = load("growth")
+    if found is None:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = found["axes"]
+    figure, panels = plt.subplots(1, len(axes), figsize=(4.6 * len(axes), 3.6), constrained_layout=True)
+    for panel, (axis, points) in zip(panels, axes.items(), strict=True):
+        x = [point["at"] for point in points]
+        y = [point["flops"] / 1e12 for point in points]
+        panel.plot(x, y, marker="o", color="tab:blue", label="measured")
+        panel.plot(x, [y[0] * at / x[0] for at in x], ls=":", color="0.5", label="linear from the first")
+        panel.set(xlabel=axis, ylabel="operations of five steps, 10¹²", ylim=(0, None), xlim=(0, None))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    chart(RESULTS / "growth.png")
+    print(table())

@@ -1,0 +1,131 @@
+"""
+Measures this library against TRL, side by side.
+
+    python -m examples.benchmarks.run            # all; or one of: work, memory, time, imports, growth
+    python -m examples.benchmarks.run report     # the chart and the README's table from the results, seconds
+
+Results go to `examples/benchmarks/results`, one file for each, with the command, commit and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .measures import apart, ratio, side_by_side
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def work() -> dict[str, Any]:
+    """Counted, so that one run is enough."""
+    sdpo = {c: [apart("work", kind, coverage=c) for kind in ("sdpo", "trl sdpo")] for c in (1.0, 0.5)}
+    vpd = {"frequency 5": apart("work", "vpd", steps=5), "sdpo": sdpo[1.0][0]}
+    return {
+        "conditions": "5 steps of 64 rollouts of 1 to 200 tokens, micro-batches of 8, prompts of 10 to 40 tokens, feedback "
+        "of 15 to 60; Qwen3's form, 4 layers, hidden size 256, vocabulary 1,002; full-vocabulary reverse KL",
+        "sdpo": {
+            f"coverage {c:g}": {"ours": a, "trl": b, "flops": a["flops"] / b["flops"]} for c, (a, b) in sdpo.items()
+        },
+        "vpd": vpd | {"flops": vpd["frequency 5"]["flops"] / vpd["sdpo"]["flops"]},
+    }
+
+
+def memory() -> dict[str, Any]:
+    modes = {
+        "full vocabulary": [{}, {"distillation_mode": "full_logits"}],
+        "top 100": [
+            {"distillation_top_k": 100},
+            {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True},
+        ],
+    }
+    found: dict[str, Any] = {}
+    for name, (ours, theirs) in modes.items():
+        a, b = side_by_side(3, "memory", ("sdpo", ours), ("trl sdpo", theirs))
+        found[name] = {
+            "ours": a,
+            "trl": b,
+            "bytes": ratio([x["bytes"] for x in a], [x["bytes"] for x in b]),
+            "seconds": ratio([x["seconds"] for x in a], [x["seconds"] for x in b]),
+        }
+    conditions = "one micro-batch of 4 × 256 completion tokens at Qwen3's vocabulary (151,936), forwards and backwards; 3 repeats"
+    return {"conditions": f"{conditions}, hidden size 128, 2 layers", "modes": found}
+
+
+def run_time() -> dict[str, Any]:
+    vpd, sdpo, grpo = side_by_side(3, "run_time", ("vpd", {}), ("sdpo", {}), ("trl grpo", {}))
+    return {
+        "conditions": "5 steps of 64 rollouts of 64 tokens with generation by transformers, after a first step; 4 layers, hidden "
+        "size 256; one thread; 3 repeats in turn",
+        "seconds": {"vpd": vpd, "sdpo": sdpo, "trl grpo": grpo},
+        "vpd over sdpo": ratio(vpd, sdpo),
+        "vpd over trl grpo": ratio(vpd, grpo),
+    }
+
+
+def imports() -> dict[str, Any]:
+    ours, theirs = side_by_side(5, "import_time", ("vpd_trl", {}), ("trl", {}))
+    return {"conditions": "5 fresh interpreters each, in turn", "seconds": {"vpd_trl": ours, "trl": theirs}} | ratio(
+        ours, theirs
+    )
+
+
+def growth() -> dict[str, Any]:
+    """Operations of five steps as one thing grows and the rest stays."""
+    axes: dict[str, list[tuple[int, dict[str, Any]]]] = {
+        "rollouts per prompt": [(n, {"num_generations": n}) for n in (4, 8, 16, 32)],
+        "completion length": [(n, {"longest": n}) for n in (50, 100, 200, 400)],
+    }
+    return {
+        "conditions": "as in work, vpd",
+        "axes": {axis: [{"at": at, **apart("work", "vpd", **o)} for at, o in points] for axis, points in axes.items()},
+    }
+
+
+MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
+    "work": work,
+    "memory": memory,
+    "time": run_time,
+    "imports": imports,
+    "growth": growth,
+}
+
+
+def about(name: str) -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+
+    packages = {package: version(package) for package in ("torch", "transformers", "trl")}
+    return {
+        "command": f"python -m examples.benchmarks.run {name}",
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "--porcelain", "--", "../../vpd_trl") else ""),
+        "machine": f"one thread, {platform.machine()}",
+        "versions": packages,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="all", choices=(*MEASURED, "all", "report"))
+    what = parser.parse_args().what
+    RESULTS.mkdir(exist_ok=True)
+    for name, measure in MEASURED.items():
+        if what in (name, "all"):
+            result = about(name) | measure()
+            (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{name}: {RESULTS / name}.json", flush=True)
+    from .report import write
+
+    write()
+
+
+if __name__ == "__main__":
+    main()
