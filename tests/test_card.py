@@ -251,6 +251,10 @@ def test_only_the_main_process_writes_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     trainer.create_model_card()
     assert not (tmp_path / "README.md").exists()
+    theirs = "---\nlicense: mit\n---\n\n# Of the main process\n"
+    (tmp_path / "README.md").write_text(theirs)
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == theirs
 
 
 def test_a_card_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch, caplog):
