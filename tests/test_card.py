@@ -177,6 +177,10 @@ def test_odd_names_break_neither_metadata_nor_tables_nor_the_code(tmp_path, name
     assert rows(written.text)["Feedback from"] == f"{seen}, <lambda>, {seen}, Judge"
     assert results[1:] == [["reward", "0.5 (1)", "0.25 (2)", "0.5 (1)"]]
     assert one_line(f"\n{name} {{critique}}").strip() in {value for field, value, _ in settings}
+    tokens = markdown_it.MarkdownIt("commonmark").parse(written.text)
+    title = next(token for token in tokens if token.type == "inline")
+    assert {child.type for child in title.children} <= {"text", "text_special"}, "no markup"
+    assert "".join(child.content for child in title.children) == written.data.model_name
     headings = re.findall(r"^#+ .*$", written.text, flags=re.M)
     assert headings[1:] == [
         "## Load", "## Training", "## Results", "## Settings that differ from the defaults", "## Framework versions",
@@ -247,6 +251,10 @@ def test_only_the_main_process_writes_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     trainer.create_model_card()
     assert not (tmp_path / "README.md").exists()
+    theirs = "---\nlicense: mit\n---\n\n# Of the main process\n"
+    (tmp_path / "README.md").write_text(theirs)
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == theirs
 
 
 def test_a_card_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch, caplog):

@@ -226,6 +226,20 @@ def test_a_last_push_that_fails_says_where_the_model_is(hub, tmp_path, caplog, b
     assert set(hub.files["tester/out"]) >= STUDENT | ADAPTER
 
 
+def test_a_push_that_fails_because_the_model_cannot_be_saved_does_not_say_that_it_is_on_disk(
+    hub, tmp_path, monkeypatch, caplog
+):
+    trainer = pushing(tmp_path / "out")
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer, "_save", full)
+    with caplog.at_level(logging.WARNING), pytest.raises(OSError, match="No space left"):
+        trainer.push_to_hub()
+    assert "Nothing is lost" not in caplog.text
+
+
 def test_a_repository_that_cannot_be_made_ends_the_run_before_it_begins(hub, tmp_path):
     hub.failing = ("/api/repos/create", 401)
     with pytest.raises(Exception, match="401 Unauthorized"):

@@ -101,6 +101,12 @@ def test_the_trainer_has_the_attributes_that_this_library_reads(tmp_path):
     assert {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"} <= batch.keys()
 
 
+@pytest.mark.parametrize("method", [Trainer.push_to_hub, Trainer._push_from_checkpoint], ids=lambda m: m.__name__)
+def test_a_push_tells_callbacks_before_it_reads_files(method):
+    source = inspect.getsource(method)
+    assert 0 < source.index("callback_handler.on_push_begin(") < source.index("upload_folder(")
+
+
 def test_trls_record_of_the_rollouts_has_the_parts_of_its_completions_table(tmp_path):
     trainer = tiny.trainer(tmp_path)
     assert {"prompt", "completion", "rewards", "extra", "advantages"} <= trainer._logs.keys()

@@ -68,7 +68,7 @@ class Identity(NamedTuple):
     story: str
 
 
-_TEACHER = "Each answer got feedback in words. A teacher, which has that feedback in its prompt,"
+_TEACHER = "Answers got feedback in words. A teacher, which has that feedback in its prompt,"
 _HYBRID = "a hybrid of GRPO and self-distillation that the VPD paper compares with"
 
 METHODS = {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi
 from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
 from . import __version__, card
@@ -75,10 +76,12 @@ def push(trainer: VPDTrainer, method: Callable, *args: Any, **kwargs: Any) -> An
     given = inspect.signature(method).bind(*args, **kwargs).arguments
     token = given.get("token") or trainer.args.hub_token
     revision = given.get("revision") or trainer.args.hub_revision
+    before = _saved_at(trainer)
     try:
         commit = method(*args, **kwargs)
     except Exception as error:
-        if trainer.is_world_process_zero():
+        # Not if it was the saving that failed
+        if trainer.is_world_process_zero() and _saved_at(trainer) != before:
             logger.error(_failure(trainer, trainer.args.output_dir, error))
         raise
     if isinstance(commit, Future):
@@ -113,6 +116,12 @@ def push_checkpoint(trainer: VPDTrainer, method: Callable, checkpoint: str) -> N
         places.append(Path(checkpoint).name)
     arguments = (trainer, places, args.hub_token, args.hub_revision, started)
     trainer.push_in_progress.jobs.append(_background().submit(_forget_teachers, *arguments))
+
+
+def _saved_at(trainer: VPDTrainer) -> int | None:
+    """When the model was saved to `output_dir`: the last file of it that transformers writes is of then."""
+    file = Path(trainer.args.output_dir, TRAINING_ARGS_NAME)
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 @cache
