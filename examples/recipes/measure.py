@@ -30,7 +30,7 @@ MODEL = ROOT / "runs" / "smollm2"
 # The recipe, and the evaluation's options: as long as the recipe's rollouts, and as many samples as an hour allows
 MEASURED: dict[str, tuple[str, list[str]]] = {
     "units": ("units_cpu.yaml", ["--k", "16", "--max_new_tokens", "24"]),
-    "humaneval": ("humaneval_cpu.yaml", ["--k", "4", "--limit", "40", "--max_new_tokens", "192"]),
+    "humaneval": ("humaneval_cpu.yaml", ["--k", "4", "--limit", "30", "--max_new_tokens", "192"]),
 }
 
 CURVES = (
