@@ -1,7 +1,7 @@
 """
 A real vLLM samples for the trainer: always from the student as it is, whatever the E-step and the teacher do.
 
-Needs an environment with vLLM (README, "Where it runs"); `make test-vllm` makes one for a CPU.
+Needs an environment with vLLM; `make test-vllm` makes one for a CPU (Makefile).
 """
 
 import os
