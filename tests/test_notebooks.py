@@ -109,13 +109,14 @@ def test_it_holds_nothing_that_changes_with_every_execution(path):
 
 
 @for_each_notebook
-def test_its_badge_opens_it_in_colab(path):
+def test_its_badge_opens_it_in_colab_from_the_repository_that_it_installs(path):
+    (owner,) = re.findall(r"https://github\.com/([\w-]+)/vpd_trl", "\n".join(source(path) + source(path, "markdown")))
     first = source(path, "markdown")[0]
     assert first.startswith("# ")
-    assert f"https://colab.research.google.com/github/OWNER/vpd_trl/blob/main/notebooks/{path.name}" in first
-    whole = "\n".join(source(path) + source(path, "markdown"))
-    assert whole.count("https://github.com/OWNER/vpd_trl") == 1
-    assert whole.count("OWNER/") == 2, "the badge and the install cell"
+    badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    assert (
+        f"{badge}(https://colab.research.google.com/github/{owner}/vpd_trl/blob/main/notebooks/{path.name})" in first
+    )
 
 
 @for_each_notebook
