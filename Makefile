@@ -14,7 +14,7 @@ venv: $(VENV)/.dev $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo/demo.py
 
-# All notebooks anew, outputs included: about half an hour. NOTEBOOKS=01_one_em_turn_by_hand.ipynb takes a minute
+# All notebooks anew, outputs included: about ten minutes of computing. NOTEBOOKS=01_one_em_turn_by_hand.ipynb takes a minute
 notebooks: $(VENV)/.dev $(VENV)/.demo
 	$(VENV)/bin/python notebooks/execute.py $(NOTEBOOKS)
 
