@@ -4,14 +4,19 @@ PIP = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := demo
 PAPER_WORKERS ?= 2
+NOTEBOOKS ?= $(notdir $(wildcard notebooks/*.ipynb))
 
-.PHONY: venv demo paper paper-runs test test-slow test-vllm lint build clean
+.PHONY: venv demo notebooks paper paper-runs test test-slow test-vllm lint build clean
 
 venv: $(VENV)/.dev $(VENV)/.demo
 
 # A real model learns from feedback on a CPU: about ten minutes, installation included
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo/demo.py
+
+# All notebooks anew, outputs included: about ten minutes of computing. NOTEBOOKS=01_one_em_turn_by_hand.ipynb takes a minute
+notebooks: $(VENV)/.dev $(VENV)/.demo
+	$(VENV)/bin/python notebooks/execute.py $(NOTEBOOKS)
 
 # The tables and plots of examples/paper_in_miniature from its results file: seconds
 paper: $(VENV)/.dev
