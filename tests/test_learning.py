@@ -42,7 +42,7 @@ def pretrain(model, trainer, seed, steps=700):
             prompt, digit = [{"role": "user", "content": rng.choice(KEYS)}], str(rng.randrange(10))
             if rng.random() < 0.5:
                 named = digit if rng.random() < 0.8 else str(rng.randrange(10))
-                (built,) = trainer.teacher_inputs.prompt_builder.build([prompt], trainer.feedback(1, answer=[named]))
+                (built,) = trainer.prompt_builder.build([prompt], trainer.feedback(1, answer=[named]))
                 ids = built.ids
             else:
                 ids = trainer._tokenize_prompts([prompt])[0][0]

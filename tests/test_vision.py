@@ -67,7 +67,7 @@ def test_student_and_teacher_score_each_row_with_its_own_images(tmp_path, vision
             assert batch["has_feedback"][i] == (row["answer"] != "1")
             if batch["has_feedback"][i]:
                 critique = Feedback(critique=f"It is {row['answer']}.")
-                shown = trainer.teacher_inputs.prompt_builder.render(prompt, critique)
+                shown = trainer.prompt_builder.render(prompt, critique)
                 expected = alone(trainer, processor, shown, row["images"], completion)
                 torch.testing.assert_close(scores[1][i][mask], expected)
     assert sorted(asked) == ["0", "0", "1", "1", "2", "2", "3", "3"]

@@ -197,8 +197,7 @@ class VPDTrainer(GRPOTrainer):
         self._annotation: Annotation | None = None
         self._pending_e_step: list[Batch] | None = None
         self._train_sampler: Any = None
-        self._rollout_start = 0.0
-        self._m_step_time = 0.0
+        self._rollout_start = self._m_step_time = 0.0
         self._watch = Watch(logger)
         self.dataset_name: str | None = None  # on model cards
         self.weights_step: int | None = None  # that of the best checkpoint once it has been loaded
@@ -220,6 +219,7 @@ class VPDTrainer(GRPOTrainer):
         assert self.feedback is not None
         self.annotator = Annotator(self, self.feedback)
         self.teacher_inputs = TeacherInputs(self, checks.teacher_prompt_length(self))
+        self.prompt_builder = self.teacher_inputs.prompt_builder
         self.add_callback(_OptimizerStepCallback(self))
 
     # ---- When: rollouts are collected, and the E-step runs, before an optimizer step begins
