@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +73,16 @@ def begin(trainer: VPDTrainer) -> None:
     """Called, once or again, when the model has been prepared for training, so that weights are where they stay."""
     trainer.teacher.begin()
     trainer.prior.begin()
+
+
+@contextmanager
+def kept_dtypes(model: Any) -> Iterator[None]:
+    """While weights are loaded: PEFT would turn a half-precision adapter, such as that of a QLoRA student, to float32."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def load(trainer: VPDTrainer, folder: str) -> None:

@@ -20,6 +20,7 @@ from . import card, checkpoints, checks, hub, state
 from .advantages import AdvantageShaper
 from .annotate import Annotation, Annotator
 from .batch import Batch
+from .callbacks import OptimizerSteps
 from .config import VPDConfig
 from .e_step import EStep
 from .engines import make_engine
@@ -42,26 +43,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-
-class _OptimizerStepCallback(TrainerCallback):
-    """
-    Opens and closes each optimizer step of the student.
-
-    It is the one place outside gradient accumulation and outside `no_sync`, so the E-step can run there.
-    """
-
-    def __init__(self, trainer: VPDTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        state.begin(self.trainer)
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._open_optimizer_step()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._close_optimizer_step()
 
 
 class VPDTrainer(GRPOTrainer):
@@ -121,7 +102,7 @@ class VPDTrainer(GRPOTrainer):
     #   evaluate                                               evaluations beside TRL's own
     #   create_model_card, push_to_hub, _push_from_checkpoint  the Hub
     #   train, _get_train_sampler, save_model, _save_checkpoint,
-    #   _load_optimizer_and_scheduler, _load_best_model        state
+    #   _load_from_checkpoint, _load_optimizer_and_scheduler, _load_best_model   state
 
     _buffered_inputs: Any
 
@@ -220,7 +201,7 @@ class VPDTrainer(GRPOTrainer):
         self.annotator = Annotator(self, self.feedback)
         self.teacher_inputs = TeacherInputs(self, checks.teacher_prompt_length(self))
         self.prompt_builder = self.teacher_inputs.prompt_builder
-        self.add_callback(_OptimizerStepCallback(self))
+        self.add_callback(OptimizerSteps(self))
 
     # ---- When: rollouts are collected, and the E-step runs, before an optimizer step begins
 
@@ -374,6 +355,10 @@ class VPDTrainer(GRPOTrainer):
         hub.save_teacher(self, output_dir or self.args.output_dir)  # first, as the rest may end in a push to the Hub
         super().save_model(output_dir, _internal_call)
         hub.save_card(self, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with state.kept_dtypes(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -1,0 +1,112 @@
+"""Students in 4 or 8 bits with an adapter, 8-bit optimizers, recomputed activations and bf16, each with every teacher."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests import tiny
+
+
+pytest.importorskip("bitsandbytes")
+
+QUANTIZED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tokenizer, folder = tiny.tokenizer(), tmp_path_factory.mktemp("model")
+    tiny.model(tokenizer, hidden_size=64, intermediate_size=128, head_dim=32).save_pretrained(folder)
+    return folder
+
+
+def build(folder, tmp_path, bits, *, rank=4, **changes):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**QUANTIZED[bits]), dtype=torch.float32
+    )
+    with torch.no_grad():  # bitsandbytes lays its weights out anew when a CPU first uses them
+        model(torch.tensor([[5, 6, 7]]))
+    values = {"peft_config": LoraConfig(r=rank, target_modules="all-linear"), "e_step_frequency": 1, "max_steps": 2}
+    return tiny.trainer(tmp_path, mdl=model, **(values | changes))
+
+
+def frozen(trainer):
+    """The weights that nothing may change."""
+    model = trainer.model
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("bits", QUANTIZED)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"teacher": "ema", "prior": "fixed"},
+        {"teacher": "lora"},
+        {"teacher": "lora", "gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "bf16": True},
+        {"method": "joint_loss"},
+    ],
+    ids=str,
+)
+def test_adapters_learn_and_the_quantized_weights_stay(folder, tmp_path, bits, changes):
+    trainer = build(folder, tmp_path, bits, **changes)
+    base, adapter = frozen(trainer), tiny.weights(trainer)
+    assert any(weight.dtype in (torch.uint8, torch.int8) for weight in base.values())
+    trainer.train()
+    assert tiny.same(base, frozen(trainer))
+    assert not tiny.same(adapter, tiny.weights(trainer))
+    rows = [row for row in trainer.state.log_history if "m_step/divergence" in row]
+    assert len(rows) == 2
+    assert all(torch.isfinite(torch.tensor([row["loss"], row["grad_norm"]])).all() for row in rows)
+    if changes.get("method") != "joint_loss":
+        assert all("e_step/loss" in row for row in rows)
+
+
+@pytest.mark.parametrize("teacher", ["shared", "lora"])
+def test_an_8_bit_optimizer_has_8_bit_states_for_student_and_teacher(folder, tmp_path, teacher):
+    teacher_config = {"teacher_peft_config": LoraConfig(r=64, target_modules=["q_proj"])} if teacher == "lora" else {}
+    # bitsandbytes keeps states of less than 4096 numbers in 32 bits
+    trainer = build(folder, tmp_path, "nf4", rank=64, optim="adamw_8bit", teacher=teacher, **teacher_config)
+    trainer.train()
+    optimizers = [trainer.optimizer] + ([trainer.teacher.optimizer] if teacher == "lora" else [])
+    for optimizer in optimizers:
+        states = [state["state1"].dtype for state in optimizer.state.values() if "state1" in state]
+        assert torch.uint8 in states
+
+
+def test_the_saved_adapter_is_the_student_on_the_quantized_base(folder, tmp_path):
+    trainer = build(folder, tmp_path, "nf4", learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**QUANTIZED["nf4"]), dtype=torch.float32
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = base(ids).logits
+        loaded = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits
+        # PEFT loads in float32 what was trained in bfloat16
+        torch.testing.assert_close(loaded, trainer.model.eval()(ids).logits, atol=3e-3, rtol=1e-2)
+    assert not torch.allclose(plain, loaded, atol=2e-2)
+
+
+def test_three_and_three_steps_of_a_qlora_run_are_six(folder, tmp_path):
+    changes = {"teacher": "lora", "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = build(folder, tmp_path / "whole", "nf4", **changes | {"max_steps": 6})
+    whole.train()
+    build(folder, tmp_path / "parts", "nf4", **changes | {"max_steps": 3}).train()
+    parts = build(folder, tmp_path / "parts", "nf4", **changes | {"max_steps": 6})
+    parts.train(resume_from_checkpoint=True)
+    assert parts.state.global_step == 6
+    assert tiny.same(tiny.weights(whole), tiny.weights(parts))
+    assert tiny.same(*({n: p.data for n, p in t.teacher.parameters.items()} for t in (whole, parts)))
+
+
+@pytest.mark.parametrize("bits", QUANTIZED)
+def test_a_quantized_student_without_an_adapter_is_refused(folder, tmp_path, bits):
+    with pytest.raises(ValueError, match=r"purely quantized|quantized"):
+        build(folder, tmp_path, bits, peft_config=None).train()
