@@ -37,7 +37,11 @@ METHODS = {
     "vpd": {"e_step_learning_rate": 0.6},
     "vpd-lora-teacher": {"teacher": "lora", "e_step_learning_rate": 0.6, "teacher_peft_config": "lora"},
     "sdpo-ema": {"method": "sdpo", "teacher": "ema", "teacher_update_rate": 0.3},
-    "joint-loss": {"method": "joint_loss", "loss_type": "dapo"},
+    "joint-loss": {
+        "method": "joint_loss",
+        "loss_type": "dapo",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
     "vpd-ema-fixed-prior": {"teacher": "ema", "teacher_update_rate": 0.3, "prior": "fixed"},
 }
 PHASES = ("whole", "saved", "resumed", "no_feedback_on_one", "no_success_on_one")
