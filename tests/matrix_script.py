@@ -135,8 +135,6 @@ def main(engine, cells, folder):
         pretend_that_cpus_are_accelerators()
     else:
         PartialState(cpu=True)
-    model = f"{folder}/model_{rank}_of_{world}"
-    tiny.model(tiny.tokenizer()).save_pretrained(model)
     for cell in cells.split(","):
         method, student = cell.split("/")
         path, last = f"{folder}/{method}_{student}_{rank}_of_{world}.pt", {}
@@ -146,7 +144,7 @@ def main(engine, cells, folder):
             torch.save(results, path)
 
         try:
-            run(method, student, model, f"{folder}/{method}_{student}_of_{world}", rank, world, save)
+            run(method, student, f"{folder}/model", f"{folder}/{method}_{student}_of_{world}", rank, world, save)
         except BaseException:
             save(last | {"error": traceback.format_exc()})
             raise
