@@ -37,7 +37,11 @@ METHODS = {
     "vpd": {"e_step_learning_rate": 0.6},
     "vpd-lora-teacher": {"teacher": "lora", "e_step_learning_rate": 0.6, "teacher_peft_config": "lora"},
     "sdpo-ema": {"method": "sdpo", "teacher": "ema", "teacher_update_rate": 0.3},
-    "joint-loss": {"method": "joint_loss", "loss_type": "dapo"},
+    "joint-loss": {
+        "method": "joint_loss",
+        "loss_type": "dapo",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
     "vpd-ema-fixed-prior": {"teacher": "ema", "teacher_update_rate": 0.3, "prior": "fixed"},
 }
 PHASES = ("whole", "saved", "resumed", "no_feedback_on_one", "no_success_on_one")
@@ -131,8 +135,6 @@ def main(engine, cells, folder):
         pretend_that_cpus_are_accelerators()
     else:
         PartialState(cpu=True)
-    model = f"{folder}/model_{rank}_of_{world}"
-    tiny.model(tiny.tokenizer()).save_pretrained(model)
     for cell in cells.split(","):
         method, student = cell.split("/")
         path, last = f"{folder}/{method}_{student}_{rank}_of_{world}.pt", {}
@@ -142,7 +144,7 @@ def main(engine, cells, folder):
             torch.save(results, path)
 
         try:
-            run(method, student, model, f"{folder}/{method}_{student}_of_{world}", rank, world, save)
+            run(method, student, f"{folder}/model", f"{folder}/{method}_{student}_of_{world}", rank, world, save)
         except BaseException:
             save(last | {"error": traceback.format_exc()})
             raise

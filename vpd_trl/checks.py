@@ -206,7 +206,8 @@ def _check_engine(trainer: VPDTrainer) -> None:
     if args.method == "joint_loss" and reentrant and trainer.accelerator.num_processes > 1:
         raise ValueError(
             "method='joint_loss' runs the model twice before each backward pass, which reentrant checkpointing does "
-            "not allow on several processes. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            "not allow on several processes. Set gradient_checkpointing_kwargs={'use_reentrant': False}; with an adapter "
+            "on ZeRO-3, where TRL overrides that, use gradient_checkpointing=False, ZeRO-2 or FSDP2."
         )
 
 
