@@ -62,10 +62,11 @@ def test_rows_without_any_target_cost_one_token_or_stay_whole(tokenizer):
 
 
 def test_groups_stay_within_their_budget_and_a_long_row_goes_alone():
-    assert within_budget([9, 5, 5, 4, 1, 1], 10) == [1, 2, 2, 1]
-    assert within_budget([30, 2], 10) == [1, 1]
-    assert within_budget([], 10) == []
-    assert within_budget([0, 0], 10) == [2]
+    assert within_budget([9, 5, 5, 4, 1, 1], 10, 4) == [1, 2, 2, 1]
+    assert within_budget([4, 1, 1, 1, 1, 1], 10, 3) == [2, 3, 1]
+    assert within_budget([30, 2], 10, 4) == [1, 1]
+    assert within_budget([], 10, 4) == []
+    assert within_budget([0, 0], 10, 4) == [2]
 
 
 def dealt_from(lengths, has_feedback, size):

@@ -4,6 +4,7 @@ A real vLLM samples for the trainer: always from the student as it is, whatever 
 Needs an environment with vLLM; `make test-vllm` makes one for a CPU (Makefile).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny
+
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.vllm
 
 SCRIPT = Path(__file__).parent / "vllm_script.py"
+ROOT = Path(__file__).parent.parent
 CLOSE, APART = 5e-3, 2e-2  # nats: what two implementations differ by, and what one update makes
 
 
@@ -51,3 +55,37 @@ def test_rollouts_come_from_the_student_as_it_is(tmp_path, scenario):
     assert any("eval_avg@2" in row for row in log)
     if scenario == "shared":
         assert all(0 <= row["feedback/critique_discarded"] <= 1 for row in log if "m_step/tokens" in row)
+
+
+def test_an_evaluation_by_vllm_finds_what_one_by_transformers_finds(tmp_path):
+    """Greedily, so that the samples are the same; the command line's form of it, as a process of its own."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny.model(tokenizer, head_dim=64, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    found = {}
+    for engine, options in (
+        ("transformers", {"dtype": "float32"}),
+        ("vllm", {"dtype": "float32", "max_model_len": 512}),
+    ):
+        folder = tmp_path / engine
+        command = [sys.executable, "-m", "vpd_trl.cli", "evaluate", "--model", str(tmp_path / "model")]
+        command += [
+            "--task",
+            f"{SCRIPT.parent / 'cli_task.py'}:Sums",
+            "--k",
+            "2",
+            "--limit",
+            "4",
+            "--temperature",
+            "0",
+        ]
+        command += ["--max_new_tokens", "8", "--engine", engine, "--engine_kwargs", json.dumps(options)]
+        done = subprocess.run(
+            [*command, "--output_dir", str(folder)], env=env, capture_output=True, text=True, timeout=600, cwd=ROOT
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        lines = (folder / "problems.jsonl").read_text().splitlines()
+        found[engine] = {line["index"]: line["completions"] for line in map(json.loads, lines)}
+    assert len(found["vllm"]) == 4
+    assert found["vllm"] == found["transformers"]

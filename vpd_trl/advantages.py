@@ -55,6 +55,8 @@ class AdvantageShaper:
         scorer, mask = self.trainer.scorer, loss_mask(batch) * batch["has_feedback"].unsqueeze(-1)
         log_ratio = torch.zeros(mask.shape, device=mask.device)
         rows = batch["has_feedback"].nonzero().squeeze(-1)
+        if self.trainer.engine.shards_weights:  # equally many passes on all processes, which gather weights together
+            rows = torch.arange(len(mask), device=mask.device)
         if len(rows):
             chosen = rows_of(batch, rows)
             student_logps = scorer.frozen_logps(chosen)

@@ -137,7 +137,7 @@ class EStep:
         lengths = row_lengths(rows, teacher=True) - 1  # the last token predicts nothing
         order = eligible[lengths[eligible].argsort(descending=True, stable=True)]
         longest = int(accelerator.gather(row_lengths(rows, teacher=False).max()).max()) - 1
-        sizes = within_budget(lengths[order].tolist(), micro_batch_size * longest)
+        sizes = within_budget(lengths[order].tolist(), micro_batch_size * longest, micro_batch_size)
         count = int(accelerator.gather(torch.tensor(len(sizes), device=accelerator.device)).max())
         pieces = [rows_of(rows, part) for part in order.split(sizes)]
         while len(pieces) < count:

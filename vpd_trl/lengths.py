@@ -94,18 +94,19 @@ def by_length(micro_batches: Sequence[Batch]) -> list[Batch]:
     return dealt
 
 
-def within_budget(lengths: Sequence[int], budget: int) -> list[int]:
+def within_budget(lengths: Sequence[int], budget: int, most: int) -> list[int]:
     """
     How many rows in turn go together, so that each group, padded to its longest row, holds at most `budget` tokens.
 
     Args:
         lengths: Of the rows, longest first. A row that is longer than the budget goes alone.
         budget: In tokens.
+        most: Rows of a group.
     """
     sizes, start = [], 0
     while start < len(lengths):
         size = max(1, budget // max(lengths[start], 1))
-        size = min(size, len(lengths) - start)
+        size = min(size, most, len(lengths) - start)
         sizes.append(size)
         start += size
     return sizes
