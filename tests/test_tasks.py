@@ -157,8 +157,7 @@ def test_the_example_of_a_task_trains_and_its_feedback_knows_the_answer(tmp_path
     task = load_task(UNITS)
     rows = task.load("train")
     text = task.feedback()(successes=[True], **{name: rows[name][:1] for name in ("answer", "why")})[0]
-    assert text.startswith("Right: 1 ")
-    assert text.endswith(f"That is {rows['answer'][0]}.")
+    assert text.startswith(f"Right: the answer is {rows['answer'][0]}, as 1 ")
     assert rewards(task, rows, [said(f"The answer is {rows['answer'][0]}."), said("I don't know.")]) == [1.0, 0.0]
     tok = tiny.tokenizer()
     trainer = VPDTrainer(

@@ -98,9 +98,9 @@ def main(scenario, folder):
 
     run = trainer.e_step.run
 
-    def noted(micro_batches):
+    def noted(micro_batches, **kwargs):
         seen["before_e_step"] = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-        return run(micro_batches)
+        return run(micro_batches, **kwargs)
 
     trainer._generate_and_score_completions = compared
     trainer.e_step.run = noted
