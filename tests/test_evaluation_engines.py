@@ -299,6 +299,9 @@ def vllm(monkeypatch):
             return tiny.tokenizer()
 
         def generate(self, prompts, sampling_params, use_tqdm):
+            for params in sampling_params:
+                if params.temperature == 0 and params.n > 1:
+                    raise ValueError("n must be 1 when using greedy sampling")
             module.calls.append(("generate", prompts, sampling_params, use_tqdm))
             eos = tiny.tokenizer().eos_token_id
             return [
@@ -336,6 +339,13 @@ def test_vllm_gets_token_ids_the_settings_and_a_seed_for_each_problem(vllm, toke
     assert [s.ids for s in groups[0]] == [[20], [26, eos], [27, eos]]
     assert [s.finished for s in groups[0]] == [False, True, True]
     assert groups[0][1].text == tokenizer.decode([26])
+
+
+def test_vllm_is_asked_once_for_the_most_likely_tokens(vllm):
+    groups = sample(VLLMEngine("a/model"), ["2+2="], [5], k=3, sampling=Sampling(temperature=0.0))
+    assert [vars(p)["n"] for p in vllm.calls[-1][2]] == [1]
+    assert len(groups[0]) == 3
+    assert len({tuple(s.ids) for s in groups[0]}) == 1
 
 
 def test_vllm_is_not_asked_what_its_context_does_not_hold(vllm):

@@ -68,10 +68,12 @@ class VLLMEngine:
         asked = [i for i, ids in enumerate(prompt_ids) if len(ids) < context]
         if not asked:
             return samples
+        # The most likely tokens are the same each time, and vLLM refuses to find them more than once
+        n = 1 if sampling.temperature == 0 else k
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt_ids[i]} for i in asked],
             # vLLM gives the samples of a request the seeds seed, seed + 1, …
-            [SamplingParams(n=k, seed=seeds[i], **sampling_arguments(sampling)) for i in asked],
+            [SamplingParams(n=n, seed=seeds[i], **sampling_arguments(sampling)) for i in asked],
             use_tqdm=False,
         )
         for i, output in zip(asked, outputs, strict=True):
@@ -82,7 +84,7 @@ class VLLMEngine:
                     answer.finish_reason == "stop",
                 )
                 for answer in output.outputs
-            ]
+            ] * (k // n)
         return samples
 
 
