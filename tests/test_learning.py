@@ -95,9 +95,9 @@ def test_a_few_dozen_steps_raise_the_success_rate_and_e_steps_raise_the_margin(t
     gains = []
     run = trainer.e_step.run
 
-    def measured(batches):
+    def measured(batches, **kwargs):
         before = margin(trainer, batches)
-        ran = run(batches)
+        ran = run(batches, **kwargs)
         gains.append(margin(trainer, batches) - before)
         return ran
 

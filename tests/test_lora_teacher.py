@@ -177,7 +177,7 @@ def test_the_teacher_starts_as_the_student_and_follows_it(tmp_path, student):
 def rollouts(trainer):
     """A trainer that has collected a rollout batch: its micro-batches."""
     kept = []
-    trainer.e_step.run = lambda batches: (kept.extend(batches), False)[1]
+    trainer.e_step.run = lambda batches, **kwargs: (kept.extend(batches), False)[1]
     trainer.train()
     trainer.model.train()
     return kept

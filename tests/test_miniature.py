@@ -180,7 +180,7 @@ def test_two_steps_of_a_cell_give_a_result_with_all_its_fields(tmp_path, monkeyp
     assert result["history"]["step"] == [1, 2]
     expected = {"reward", "entropy"}
     if method != "grpo":
-        expected |= {"m_step/divergence", "teacher/log_ratio_margin"}
+        expected |= {"m_step/divergence", "feedback/coverage"}  # two steps may have no success to speak of
     assert expected <= set(result["history"])
     assert ("e_step/skipped" in result["history"]) == (method == "vpd")
     assert (tmp_path / small.folder.name / "settings.json").exists()

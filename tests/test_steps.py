@@ -308,14 +308,14 @@ def test_the_e_steps_learning_rate_follows_the_schedule_and_comes_back(tmp_path)
     seen = []
     run, step = trainer.e_step.run, None
 
-    def spy(batches):
+    def spy(batches, **kwargs):
         optimizer = trainer.optimizer
         plain = [g["lr"] for g in optimizer.param_groups]
         nonlocal step
         step = optimizer.step
         optimizer.step = lambda *a: (seen.append((plain[0], optimizer.param_groups[0]["lr"])), step(*a))[1]
         try:
-            return run(batches)
+            return run(batches, **kwargs)
         finally:
             optimizer.step = step
             assert [g["lr"] for g in optimizer.param_groups] == plain
@@ -431,10 +431,10 @@ def test_an_e_step_holds_no_more_tokens_at_a_time_than_an_m_step(tmp_path):
             held[phase[0]].append(input_ids.numel())
         return forward(*args, input_ids=input_ids, **kwargs)
 
-    def run_in_phase(batches):
+    def run_in_phase(batches, **kwargs):
         phase[0] = "e"
         try:
-            return run(batches)
+            return run(batches, **kwargs)
         finally:
             phase[0] = "m"
 

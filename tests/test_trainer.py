@@ -87,7 +87,7 @@ def test_an_e_step_runs_on_every_fth_rollout_batch(tmp_path):
     trainer = tiny.trainer(tmp_path, max_steps=7, e_step_frequency=3)
     runs = []
     run = trainer.e_step.run
-    trainer.e_step.run = lambda batches: (runs.append(trainer.rollout_batches - 1), run(batches))[1]
+    trainer.e_step.run = lambda batches, **k: (runs.append(trainer.rollout_batches - 1), run(batches, **k))[1]
     trainer.train()
     assert runs == [0, 3, 6]
     assert trainer.rollout_batches == 7
@@ -98,9 +98,9 @@ def test_rollouts_within_an_accumulation_window_get_their_e_step_before_the_next
     grads_around = []
     run = trainer.e_step.run
 
-    def spy(batches):
+    def spy(batches, **kwargs):
         grads_around.append(any(p.grad is not None and p.grad.any() for p in trainer.model.parameters()))
-        return run(batches)
+        return run(batches, **kwargs)
 
     trainer.e_step.run = spy
     trainer.train()
@@ -354,7 +354,7 @@ def test_several_end_tokens_end_a_completion_in_both_steps(tmp_path, tokenizer):
     trainer = tiny.trainer(tmp_path, tok=tokenizer, mdl=model, max_steps=2, max_completion_length=40)
     rollouts = []
     run = trainer.e_step.run
-    trainer.e_step.run = lambda batches: (rollouts.extend(batches), run(batches))[1]
+    trainer.e_step.run = lambda batches, **k: (rollouts.extend(batches), run(batches, **k))[1]
     trainer.train()
     assert rollouts
     for batch in rollouts:
