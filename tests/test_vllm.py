@@ -21,8 +21,8 @@ pytestmark = pytest.mark.vllm
 
 SCRIPT = Path(__file__).parent / "vllm_script.py"
 ROOT = Path(__file__).parent.parent
-# Nats: by what sampling in bfloat16, which vLLM makes of float32 on a CPU, differs, and what an update makes
-CLOSE, APART = 0.05, 0.15
+# Nats per token: by what sampling in bfloat16, which vLLM makes of float32 on a CPU, differs, and what an update makes
+CLOSE, APART = 0.02, 0.05
 
 
 def run(scenario, folder):
@@ -51,9 +51,9 @@ def test_rollouts_come_from_the_student_as_it_is(tmp_path, scenario):
             assert record["before_e_step"] > APART
         if scenario != "shared" and scenario != "two_batches_in_a_step":
             assert record["teacher"] > APART, "the teacher has weights of its own, which vLLM must not have"
-    assert result["final"] < CLOSE
+    assert result["final"] < 0.05  # of the worst token
     log = result["log"]
-    assert [row["step"] for row in log if "e_step/loss" in row] == [1, 2, 3]
+    assert len([row for row in log if "e_step/loss" in row]) >= 2
     assert any("eval_avg@2" in row for row in log)
     if scenario == "shared":
         assert all(0 <= row["feedback/critique_discarded"] <= 1 for row in log if "m_step/tokens" in row)
