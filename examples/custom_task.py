@@ -51,11 +51,7 @@ class UnitQuestions(Task):
 
 
 def explain(answer: list[str], why: list[str], successes: list[bool], **columns) -> list[str]:
-    """
-    One text for each completion, of successes too: the E-step learns from the difference.
-
-    The letter comes first: a student does as its teacher reads, and with the reason first it gave reasons without end.
-    """
+    """One text for each completion, of successes too: the E-step learns from the difference."""
     return [
         f"{'Right' if ok else 'Wrong'}: the answer is {a}, as {w}."
         for a, w, ok in zip(answer, why, successes, strict=True)
