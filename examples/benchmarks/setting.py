@@ -117,8 +117,8 @@ def trainer(kind: str, network: Any, data: Dataset, folder: Path, **changes: Any
         use_cpu=True,
         gradient_checkpointing=False,
         disable_tqdm=True,
-        **changes,
     )
+    fields |= changes
     common = {"model": network, "train_dataset": data, "processing_class": tokenizer(), "reward_funcs": half}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
