@@ -159,6 +159,13 @@ def test_the_first_checkpoint_that_fails_says_that_there_is_none(tmp_path, monke
         build(tmp_path).train()
 
 
+def test_a_copy_under_another_name_does_not_hide_why_a_checkpoint_failed(tmp_path, monkeypatch, finished):
+    shutil.copytree(finished / "checkpoint-1", tmp_path / "checkpoint-best")
+    full_disk(monkeypatch, "scheduler.pt", from_step=1)
+    with pytest.raises(OSError, match="No earlier checkpoint is there to go on from"):
+        build(tmp_path).train()
+
+
 def test_a_push_that_fails_leaves_the_checkpoint_that_was_written(tmp_path, monkeypatch):
     def refuse(self, folder):
         raise ConnectionError("the Hub is out of office")

@@ -46,15 +46,9 @@ def last_whole(folder: str | Path) -> Path | None:
 
     All processes have to call it, and agree. Those that are not whole are warned of.
     """
-    whole, damaged = [], {}
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit() and path.is_dir():
-            fault = find_fault(path)
-            if fault is None:
-                whole.append(int(step))
-            else:
-                damaged[int(step)] = fault
+    faults = {step: find_fault(path) for step, path in _numbered(folder).items()}
+    whole = [step for step, fault in faults.items() if fault is None]
+    damaged = {step: fault for step, fault in faults.items() if fault is not None}
     if PartialState().num_processes > 1:
         # Each looks at its own files too, so that a checkpoint is whole if all say so
         found = gather_object([(whole, damaged)])
@@ -65,6 +59,14 @@ def last_whole(folder: str | Path) -> Path | None:
         if number > last:
             logger.warning(f"{PREFIX_CHECKPOINT_DIR}-{number} is passed over, as it is not whole: {fault}.")
     return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{last}" if whole else None
+
+
+def _numbered(folder: str | Path) -> dict[int, Path]:
+    """The checkpoints of a folder by their steps, whole or not."""
+    paths = {
+        p.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    }
+    return {int(step): path for step, path in paths.items() if step.isdigit() and path.is_dir()}
 
 
 def find_fault(checkpoint: str | Path) -> str | None:
@@ -215,9 +217,9 @@ def writing(trainer: VPDTrainer, folder: str) -> Iterator[None]:
 
 def _why_not(folder: str, error: Exception) -> str:
     parent = Path(folder).parent
-    earlier = [p for p in parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if find_fault(p) is None]
-    last = max(earlier, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    then = "No earlier checkpoint is there to go on from." if last is None else f"Go on from {last}."
+    # Not `last_whole`, which all processes have to call
+    earlier = {step: path for step, path in _numbered(parent).items() if find_fault(path) is None}
+    then = f"Go on from {earlier[max(earlier)]}." if earlier else "No earlier checkpoint is there to go on from."
     # What writers say of a full disk is rarely that it is full
     free = shutil.disk_usage(parent).free / 1e9
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
