@@ -24,6 +24,18 @@ CHAT_TEMPLATE = (
 )
 
 
+# Of a network
+SHAPE = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=512,
+)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Characters as tokens, and the special tokens of ChatML. "he" and "llo" decode to what "hello" is one id for."""
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -49,13 +61,7 @@ def model(tok: PreTrainedTokenizerFast, *, seed: int = 0, **changes: Any) -> Qwe
     torch.manual_seed(seed)
     config = dict(
         vocab_size=len(tok),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
+        **SHAPE,
         tie_word_embeddings=True,
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,

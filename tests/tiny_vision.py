@@ -33,15 +33,7 @@ VISION = dict(
     patch_size=14,
     projection_dim=16,
 )
-TEXT = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    max_position_embeddings=4096,
-)
+TEXT = {**tiny.SHAPE, "max_position_embeddings": 4096}
 
 
 def _tokenizer(image: str, *added: str) -> Any:

@@ -26,13 +26,12 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
     """Some rows of a batch, with their images; 0-dim tensors stay."""
-    indices = list(range(len(batch["completion_ids"])))[rows] if isinstance(rows, slice) else rows.tolist()
     some: Batch = {}
     for key, value in split_pixel_values_by_grid(batch).items():
         if isinstance(value, torch.Tensor) and value.ndim:
             some[key] = value[rows]
         elif isinstance(value, list):  # one entry per row
-            some[key] = [value[i] for i in indices]
+            some[key] = value[rows] if isinstance(rows, slice) else [value[i] for i in rows.tolist()]
         else:
             some[key] = value
     return unsplit_pixel_values_by_grid(some)

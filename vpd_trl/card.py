@@ -170,6 +170,11 @@ def write(trainer: VPDTrainer, method: Callable, model_name: Any, dataset_name: 
         logger.warning(f"The model card {path} is TRL's, as this run's can't be written: {error!r}")
 
 
+def saves_adapter(trainer: VPDTrainer) -> bool:
+    """Whether an adapter of the teacher's goes with the student."""
+    return trainer.parts.uses_feedback and trainer.teacher.saves_adapter
+
+
 def hub_name(name: str | None) -> str | None:
     """A name if it can be one of the Hub's and isn't a local path."""
     try:
@@ -266,7 +271,7 @@ def _target(args: VPDConfig) -> str:
 def _loading(trainer: VPDTrainer, base: str | None) -> str:
     """Code that loads the student, and the teacher where it has weights of its own in the repository."""
     place, student_adapter = trainer.hub_model_id or Path(trainer.args.output_dir).name, is_peft_model(trainer.model)
-    with_teacher = trainer.parts.uses_feedback and trainer.teacher.saves_adapter
+    with_teacher = saves_adapter(trainer)
     lines = ["from peft import PeftModel"] if with_teacher and not student_adapter else []
     lines += ["from peft import AutoPeftModelForCausalLM" + (", PeftModel" if with_teacher else "")] * student_adapter
     imports = "AutoTokenizer" if student_adapter else "AutoModelForCausalLM, AutoTokenizer"

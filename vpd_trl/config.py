@@ -71,8 +71,8 @@ class VPDConfig(GRPOConfig):
         teacher_adapter_decay (`float`, *optional*, defaults to `0.1`):
             Share in [0, 1) of the `"lora"` teacher's adapter that fades after each rollout batch. The M-step moves the
             student to the teacher, which is the student and the adapter: without a decay what the student has taken
-            over counts twice, and the teacher runs ahead of it (measured in examples/paper_in_miniature). It fades whether or
-            not there was an E-step.
+            over counts twice, and the teacher runs ahead of it (measured in examples/paper_in_miniature). It fades
+            whether or not there was an E-step.
         save_teacher_adapter (`bool`, *optional*, defaults to `True`):
             Whether `save_model` writes the `"lora"` teacher's adapter to `teacher/adapter` beside the model, and a
             push to the Hub takes it along. Checkpoints hold what resuming needs in any case.

@@ -53,11 +53,6 @@ def save_teacher(trainer: VPDTrainer, output_dir: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def saves_adapter(trainer: VPDTrainer) -> bool:
-    """Whether an adapter of the teacher's goes with the student."""
-    return trainer.parts.uses_feedback and trainer.teacher.saves_adapter
-
-
 def save_card(trainer: VPDTrainer, output_dir: str) -> None:
     """Put the model card into a folder that a model was saved to."""
     trainer.create_model_card()
@@ -167,7 +162,7 @@ def _forget_teachers(
         token, revision: Those of the push.
         pushes: What to wait for.
     """
-    if saves_adapter(trainer) or any(push.exception() is not None for push in pushes):
+    if card.saves_adapter(trainer) or any(push.exception() is not None for push in pushes):
         return
     api, repo = HfApi(library_name="vpd_trl", library_version=__version__), trainer.hub_model_id
     for place in places:

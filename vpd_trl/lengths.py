@@ -39,9 +39,10 @@ def compact(
     width = max(int(needed.sum(dim=1).max()), 2)
     # A stable sort keeps the order of what is needed, and puts it last
     order = needed.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
-    attended = needed.gather(1, order)[:, :-1]
+    kept = needed.gather(1, order)
+    predicts = (targets.gather(1, order) & kept)[:, 1:]
+    attended = kept[:, :-1].clone()
     attended[:, -1] |= ~attended.any(dim=1)  # attention to nothing at all is not a number
-    predicts = targets.gather(1, order)[:, 1:] & needed.gather(1, order)[:, 1:]
     return order[:, :-1], attended.to(attention_mask.dtype), predicts
 
 
