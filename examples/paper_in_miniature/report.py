@@ -160,7 +160,7 @@ def table_5(tuned: Tuned) -> Table:
         row(VPD, "environment", tuned, name, domains=few, steps=long, overrides=overrides)
         for name, overrides in experiments.PRIORS.items()
     ]
-    pairs = [("dynamic prior", "fixed prior")]
+    pairs = [("dynamic prior", "fixed prior"), ("dynamic prior, lagging shift", "fixed prior, lagging shift")]
     pairs += [(name, f"{name}, lagging shift") for name in ("dynamic prior", "fixed prior")]
     return Table("table_5", f"The prior, after {long} steps", rows, pairs, few)
 
