@@ -1,4 +1,4 @@
-"""The command line: `vpd-trl train`, `vpd-trl evaluate` and `vpd-trl report`."""
+"""The command line: `vpd-trl train`, `evaluate`, `estimate` and `report`."""
 
 from .main import main
 

@@ -15,6 +15,7 @@ from .errors import BAD_USAGE, FAILED, INTERRUPTED, Interrupted, UsageError, one
 COMMANDS = {
     "train": "train a model on a task, from a recipe (a YAML file) and options",
     "evaluate": "measure a model on a task: avg@k, pass@k, majority@k with intervals",
+    "estimate": "what a run needs before it starts: memory of each GPU, operations and time",
     "report": "plots and tables of one or more runs, as PNG files and one HTML page",
 }
 
@@ -34,6 +35,7 @@ examples:
   vpd-trl train --config recipe.yaml --learning_rate 1e-5
   accelerate launch --num_processes 8 -m vpd_trl.cli train --config recipe.yaml
   vpd-trl evaluate --model runs/vpd --task sciknoweval
+  vpd-trl estimate --config recipe.yaml --gpus 8 --gpu h100
   vpd-trl report runs/vpd runs/grpo --output report
 """
 

@@ -52,14 +52,27 @@ class RecipeParser(TrlParser):
     TRL's parser, with errors as [`UsageError`], near matches of unknown fields, and help by groups.
 
     It is strict: names are never guessed from their beginnings.
+
+    Args:
+        *more: Dataclasses of a command that asks for more than training does.
+        config: Of the trainer.
+        prog, usage, description: Of the help.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *more: Any,
+        config: type[VPDConfig] = VPDConfig,
+        prog: str = "vpd-trl train",
+        usage: str = USAGE,
+        description: str = DESCRIPTION,
+    ) -> None:
+        self._more = more
         super().__init__(
-            [TaskArguments, VPDConfig, ModelConfig],
-            prog="vpd-trl train",
-            usage=USAGE,
-            description=DESCRIPTION,
+            [*more, TaskArguments, config, ModelConfig],
+            prog=prog,
+            usage=usage,
+            description=description,
             formatter_class=Formatter,
             allow_abbrev=False,
         )
@@ -90,7 +103,8 @@ class RecipeParser(TrlParser):
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:  # the first of a name, not its --no_ form
             actions.setdefault(action.dest, action)
-        for title, names in _groups():
+        own = [(self.prog.split()[-1], [f.name for kind in self._more for f in fields(kind)])] if self._more else []
+        for title, names in [*own, *_groups()]:
             formatter.start_section(title)
             formatter.add_arguments([actions[name] for name in names if name in actions])
             formatter.end_section()
@@ -113,16 +127,29 @@ def parse(arguments: Sequence[str]) -> tuple[TaskArguments, VPDConfig, ModelConf
     Raises:
         UsageError: If there is no such recipe or field, or a value is not allowed.
     """
-    parser = RecipeParser()
-    with usage_errors():
-        try:
-            task, config, model = parser.parse_args_and_config(_recipe_apart(arguments))
-        except yaml.YAMLError as error:
-            raise ValueError(f"the recipe is not YAML: {error}") from error
+    task, config, model = parse_with(RecipeParser(), arguments)
     for name, value in (("task", task.task), ("model_name_or_path", model.model_name_or_path)):
         if not value:
             raise UsageError(f"{name} is missing: set it in the recipe, or with --{name}.")
     return task, config, model
+
+
+def parse_with(parser: RecipeParser, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """
+    The groups of arguments that a parser knows, whatever is missing.
+
+    Args:
+        parser: Of the command.
+        arguments: What the command line holds after its name.
+
+    Raises:
+        UsageError: If there is no such recipe or field, or a value is not allowed.
+    """
+    with usage_errors():
+        try:
+            return parser.parse_args_and_config(_recipe_apart(arguments))
+        except yaml.YAMLError as error:
+            raise ValueError(f"the recipe is not YAML: {error}") from error
 
 
 def _recipe_apart(arguments: Iterable[str]) -> list[str]:

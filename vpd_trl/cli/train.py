@@ -75,7 +75,7 @@ def build(task_args: TaskArguments, config: VPDConfig, model_args: ModelConfig) 
     """
     assert task_args.task is not None
     assert isinstance(task_args.task_kwargs, dict)
-    teacher = _teacher_peft_config(task_args, config)
+    teacher = teacher_peft_config(task_args, config)
     task = load_task(task_args.task, **task_args.task_kwargs)
     if task.train_split is None:
         raise ValueError(f"the task {task.name} has nothing to train on; it can be evaluated (vpd-trl evaluate).")
@@ -110,7 +110,8 @@ def _evaluation(task: Any, task_args: TaskArguments) -> Any:
     return task.evaluation(k=task_args.eval_samples, sampling=sampling, limit=task_args.eval_limit)
 
 
-def _teacher_peft_config(task_args: TaskArguments, config: VPDConfig) -> Any:
+def teacher_peft_config(task_args: TaskArguments, config: VPDConfig) -> Any:
+    """The adapter of `teacher="lora"` that the arguments ask for; `None` if they leave it to the trainer."""
     given = task_args.teacher_lora
     if not given:
         return None

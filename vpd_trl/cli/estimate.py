@@ -1,0 +1,200 @@
+"""`vpd-trl estimate`: what a run needs, from its recipe and options, without a GPU and without weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from trl import ModelConfig, get_peft_config
+from trl.trainer.utils import get_quantization_config
+
+from ..config import VPDConfig
+from ..estimate import DEVICES, ENGINES, Estimate, Plan, estimate
+from ..estimate.plan import gib
+from .arguments import TaskArguments
+from .errors import UsageError, usage_errors
+from .parsing import RecipeParser, parse_with
+from .train import teacher_peft_config
+
+
+DESCRIPTION = """What a run needs: bytes on each GPU in each phase, operations and time of a rollout batch. The model's
+passes are rehearsed on tensors without data, through the code that training runs: no weights are loaded, no GPU is used.
+Takes the recipe and every field of vpd-trl train.
+
+  vpd-trl estimate --model Qwen/Qwen3-8B --gpus 8 --engine zero3 --bf16 true --max_completion_length 2048"""
+
+
+@dataclass
+class EstimateArguments:
+    """
+    The machine and the lengths that an estimate is for.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    # fmt: off
+    model: str | None = field(default=None, metadata={"help": "Name or folder of a model, or path of a config.json; the same as model_name_or_path."})
+    gpus: int = field(default=1, metadata={"help": "How many GPUs, one process on each."})
+    gpu: str = field(default="h100", metadata={"help": f"Which: {', '.join(DEVICES)}."})
+    gpu_memory: float | None = field(default=None, metadata={"help": "GiB of a GPU. None: the data sheet's."})
+    gpu_tflops: float | None = field(default=None, metadata={"help": "Its dense half-precision peak, 10^12 operations per second. None: the data sheet's."})
+    gpu_bandwidth: float | None = field(default=None, metadata={"help": "Of its memory, 10^9 bytes per second. None: the data sheet's."})
+    efficiency: float = field(default=0.4, metadata={"help": "Share of that peak that training gets, in (0, 1]. An assumption: measure yours."})
+    engine: str = field(default="ddp", metadata={"help": f"What holds the model: {', '.join(ENGINES)}."})
+    prompt_tokens: int = field(default=512, metadata={"help": "Tokens of a prompt."})
+    feedback_tokens: int = field(default=512, metadata={"help": "Tokens that the teacher's prompt has beside those."})
+    completion_tokens: int | None = field(default=None, metadata={"help": "Mean tokens of a completion, for time; memory is for max_completion_length. None: the same."})
+    coverage: float = field(default=1.0, metadata={"help": "Share of rollouts that there is feedback for, in (0, 1]."})
+    json: bool = field(default=False, metadata={"help": "Print numbers as JSON, in bytes, operations and seconds."})
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        if self.gpu not in DEVICES:
+            raise ValueError(
+                f"gpu must be one of {', '.join(DEVICES)}; got {self.gpu!r}. For another one, give gpu_memory, "
+                "gpu_tflops and gpu_bandwidth."
+            )
+        for name in ("gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0; got {value}.")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """
+    Print what the run that the arguments describe needs.
+
+    Args:
+        arguments: What the command line holds after `estimate`.
+
+    Raises:
+        UsageError: If an argument is not allowed, or there is no such model.
+    """
+    with usage_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that TRL and transformers are giving up
+        plan, as_json = make_plan(arguments)
+        found = estimate(plan)
+    print(_json(found) if as_json else table(plan, found))
+
+
+def make_plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
+    """The plan that a command line describes, and whether JSON is wanted."""
+    args, task_args, config, model_args = _parse(arguments)
+    name = args.model or model_args.model_name_or_path
+    if name is None:
+        raise UsageError("model is missing: give --model, or a recipe with model_name_or_path.")
+    quantization = get_quantization_config(model_args)
+    attention = str(model_args.attn_implementation or "")
+    given = {"memory": args.gpu_memory, "tflops": args.gpu_tflops, "bandwidth": args.gpu_bandwidth}
+    plan = Plan(
+        model=_model_config(name, model_args),
+        config=config,
+        gpus=args.gpus,
+        device=replace(DEVICES[args.gpu], **{key: value for key, value in given.items() if value is not None}),
+        engine=args.engine,
+        dtype=_dtype(model_args.dtype),
+        adapter=get_peft_config(model_args),
+        teacher_adapter=teacher_peft_config(task_args, config),
+        quantized=None if quantization is None else 4 if quantization.load_in_4bit else 8,
+        flash="flash" in attention,
+        prompt=args.prompt_tokens,
+        feedback=args.feedback_tokens,
+        completion=args.completion_tokens,
+        coverage=args.coverage,
+        efficiency=args.efficiency,
+    )
+    return plan, args.json
+
+
+def _parse(arguments: Sequence[str]) -> tuple[EstimateArguments, TaskArguments, VPDConfig, ModelConfig]:
+    gpus = _gpus(arguments)
+
+    class Planned(VPDConfig):
+        """The configuration as it will be on that many processes."""
+
+        @property
+        def world_size(self) -> int:
+            return gpus
+
+    usage = "vpd-trl estimate --model MODEL --gpus N [--config recipe.yaml] [--FIELD VALUE ...]"
+    parser = RecipeParser(
+        EstimateArguments, config=Planned, prog="vpd-trl estimate", usage=usage, description=DESCRIPTION
+    )
+    # A machine without the GPU that the run is for may estimate it
+    parser.set_defaults(output_dir=os.path.join(tempfile.gettempdir(), "vpd-trl-estimate"), use_cpu=True)
+    args, task_args, config, model_args = parse_with(parser, arguments)
+    return args, task_args, config, model_args
+
+
+def _gpus(arguments: Sequence[str]) -> int:
+    """The number of GPUs, which batch sizes depend on, before everything else is read."""
+    split = [part for argument in arguments for part in argument.split("=", 1)]
+    if "--gpus" not in split[:-1]:
+        return 1
+    text = split[split.index("--gpus") + 1]
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"gpus must be an integer of at least 1; got {text!r}.")
+    return int(text)
+
+
+def _model_config(name: str, model_args: ModelConfig) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(name, revision=model_args.model_revision).get_text_config()
+
+
+def _dtype(name: str | None) -> torch.dtype:
+    dtype = getattr(torch, name or "float32", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def table(plan: Plan, found: Estimate) -> str:
+    """
+    An estimate as text.
+
+    Args:
+        plan: What it is for.
+        found: The estimate.
+    """
+    config = plan.config
+    method = f"{config.method}, teacher={config.teacher}" if config.parts.uses_feedback else config.method
+    rollouts = plan.rows * plan.gpus
+    trained = "" if found.trained == found.parameters else f" ({found.trained / 1e6:,.1f} M trained)"
+    lines = [
+        f"{found.parameters / 1e9:.2f} B parameters{trained} · {method} · {plan.engine} on {plan.gpus} GPUs of "
+        f"{plan.device.memory:g} GiB",
+        f"{rollouts} rollouts of at most {plan.longest} tokens in a batch, {config.per_device_train_batch_size} at a time",
+        "",
+        "Memory of a GPU",
+    ]
+    lines += _rows({**found.memory}, gib)
+    lines += ["", "and at the peak of"]
+    lines += _rows(found.phases, gib)
+    verdict = "fits" if found.fits else f"too large by {gib(found.peak - found.limit)}"
+    lines += ["", f"At most {gib(found.peak)} of {plan.device.memory:g} GiB: {verdict}", "", "A rollout batch"]
+    training = sum(found.flops.values())
+    seconds = dict(found.seconds)
+    generation = seconds.pop("rollouts, at least")
+    lines += [f"  {'rollouts, at least':<44} {'':>12} {generation:>9.1f} s"]
+    for name, value in found.flops.items():
+        lines.append(f"  {name:<44} {value / 1e15:>8.2f} PFLOP {seconds[name]:>9.1f} s")
+    lines.append(f"  {'together':<44} {training / 1e15:>8.2f} PFLOP {generation + sum(seconds.values()):>9.1f} s")
+    lines.append(f"  ({plan.efficiency:.0%} of {plan.device.tflops:g} TFLOP/s; feedback and rewards not counted)")
+    return "\n".join(lines)
+
+
+def _rows(values: dict[str, float], form: Any) -> list[str]:
+    return [f"  {name:<44} {form(value):>12}" for name, value in values.items()]
+
+
+def _json(found: Estimate) -> str:
+    numbers = {
+        name: getattr(found, name) for name in ("parameters", "trained", "memory", "phases", "flops", "seconds")
+    }
+    return json.dumps({**numbers, "peak": found.peak, "limit": found.limit, "fits": found.fits}, indent=2)

@@ -1,0 +1,249 @@
+"""Passes of a network through the library's own losses on tensors without data, to count what they would take."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from ..losses import bco_loss, fused_divergence, topk_divergence
+from ..network import causal_lm, head_of, hidden_states
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    What a pass takes.
+
+    Attributes:
+        flops: Floating-point operations.
+        memory: Most bytes that live at one time beside weights and their gradients.
+    """
+
+    flops: int
+    memory: int
+
+
+class Meter(TorchDispatchMode):
+    """
+    Counts the operations made while it is entered, and the bytes of the storages that they make: `now`, and the `peak`.
+
+    Tensors without data count as those with data do. Not torch's `FlopCounterMode`: it keeps tensors alive, so that
+    gradient checkpointing would save nothing; the formulas are its own.
+
+    Args:
+        known: Tensors that were there before, and don't count.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self._known = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive or key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class Rehearsal:
+    """
+    A network of the given form whose tensors have shapes but no data.
+
+    Everything goes through the code that training runs: the model's own, PEFT's, gradient checkpointing, autocast, the
+    chunked losses. Attention is the framework's; its masks are counted unless `padding_mask` is false.
+
+    Args:
+        config: The model's configuration.
+        dtype: Of its weights.
+        autocast: The half precision that it computes in, if that is not the weights'.
+        checkpointing: Whether activations are computed again in the backward pass.
+        adapter: A PEFT configuration; then the weights below are frozen.
+        padding_mask: Whether attention takes a mask (B, 1, L, L), as it does with batches of unlike length.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
+        checkpointing: bool = False,
+        adapter: Any = None,
+        padding_mask: bool = True,
+    ) -> None:
+        self._fake = FakeTensorMode()
+        self._autocast = autocast
+        self._padding_mask = padding_mask
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if adapter is not None:
+                from peft import get_peft_model
+
+                model = get_peft_model(model, adapter)
+        model.generation_config = GenerationConfig()
+        with self._fake:
+            _onto_cpu(model)
+            if checkpointing:
+                _checkpoint_activations(causal_lm(model))
+        self.model: nn.Module = model.train()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                # Gradients are counted apart: some engines take each away as soon as it is there
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+    @property
+    def hidden_size(self) -> int:
+        return causal_lm(self.model).get_output_embeddings().weight.size(1)
+
+    # ---- What the trainer does with a micro-batch. All rows have `prompt` tokens and `completion` ones behind them
+
+    def scores(self, rows: int, prompt: int, completion: int) -> Cost:
+        """Log-probabilities of the completions, without gradient."""
+        with torch.no_grad():
+            return self._counted(lambda: self._token_logps(rows, prompt, completion))
+
+    def policy_gradient(self, rows: int, prompt: int, completion: int) -> Cost:
+        """Log-probabilities with gradient, and the backward pass: GRPO's loss, but for a few numbers per token."""
+        return self._counted(lambda: self._token_logps(rows, prompt, completion).sum().backward())
+
+    def e_step(self, rows: int, prompt: int, completion: int) -> Cost:
+        """Forward and backward pass of the E-step; `prompt` is the teacher's."""
+
+        def step() -> None:
+            log_ratio = self._token_logps(rows, prompt, completion).view(rows, completion).sum(-1)
+            success = torch.zeros(rows, dtype=torch.bool)
+            bco_loss(log_ratio, success, temperature=0.1, shift=0.0).sum().backward()
+
+        return self._counted(step)
+
+    def m_step(self, rows: int, prompt: int, completion: int, *, alpha: float, top_k: int | None) -> Cost:
+        """
+        Forward pass of the student, divergence to a teacher whose hidden states are there, and backward pass.
+
+        As in the M-step, the student's log-probabilities are read too.
+        """
+
+        def step() -> None:
+            hidden = self._hidden(rows, prompt, completion)
+            target = torch.zeros_like(hidden)
+            with self._precision():
+                head = head_of(self.model, temperature=1.0)
+                if top_k is None:
+                    per_token = fused_divergence(hidden, target, head, head, alpha=alpha)
+                else:
+                    per_token = topk_divergence(hidden, target, head, head, alpha=alpha, k=top_k)
+                with torch.no_grad():
+                    head.token_logps(hidden, torch.zeros(len(hidden), dtype=torch.long))
+            per_token.divergence.sum().backward()
+
+        return self._counted(step)
+
+    def cache_bytes(self, tokens: int = 64) -> int:
+        """Bytes of the cache of one token in generation."""
+        with self._fake, torch.no_grad(), self._precision():
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            output = causal_lm(self.model).eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
+            cache = output["cache" if "cache" in output else "past_key_values"]
+            self.model.train()
+            held = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in held) // tokens
+
+    def largest_block(self) -> int:
+        """Parameters of the largest of the layers that gradient checkpointing, and sharding, take one at a time."""
+        return max((_size(layer) for layer in _layers(causal_lm(self.model))), default=0)
+
+    def outside_blocks(self) -> int:
+        """Parameters that belong to none of these layers: embeddings, head, norms."""
+        return _size(self.model) - sum(_size(layer) for layer in _layers(causal_lm(self.model)))
+
+    # ---- Parts
+
+    def _counted(self, step: Callable[[], Any]) -> Cost:
+        meter = Meter([*self.model.parameters(), *self.model.buffers()])
+        with self._fake, meter:
+            step()
+        return Cost(meter.flops, meter.peak)
+
+    def _hidden(self, rows: int, prompt: int, completion: int) -> torch.Tensor:
+        """Hidden states (rows × completion, H) that predict the completion tokens."""
+        length = prompt + completion - 1  # nothing is predicted from the last token
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask: Any = torch.ones(rows, 1, length, length, dtype=torch.bool) if self._padding_mask else None
+        with self._precision():
+            hidden = hidden_states(self.model, ids, mask)
+        return hidden[:, prompt - 1 :].reshape(rows * completion, -1)
+
+    def _token_logps(self, rows: int, prompt: int, completion: int) -> torch.Tensor:
+        hidden = self._hidden(rows, prompt, completion)
+        with self._precision():
+            tokens = torch.zeros(rows * completion, dtype=torch.long)
+            return head_of(self.model, temperature=1.0).token_logps(hidden, tokens)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast("cpu", dtype=self._autocast)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _onto_cpu(model: nn.Module) -> None:
+    """Put empty tensors of the surrounding mode, on the CPU, in the place of those on the meta device."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            if tensor not in made:  # tied weights stay tied
+                made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    made[tensor] = nn.Parameter(made[tensor], requires_grad=tensor.requires_grad)
+            own: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            own[name] = made[tensor]
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _checkpoint_activations(model: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        model.enable_input_require_grads()
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
