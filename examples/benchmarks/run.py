@@ -1,7 +1,7 @@
 """
 Measures this library against TRL, side by side.
 
-    python -m examples.benchmarks.run            # all; or one of: work, memory, time, imports, growth
+    python -m examples.benchmarks.run            # all; or one of: work, memory, time, imports, growth, estimate
     python -m examples.benchmarks.run report     # the chart and the README's table from the results, seconds
 
 Results go to `examples/benchmarks/results`, one file for each, with the command, commit and versions.
@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import eight_billion
 from .measures import apart, ratio, side_by_side
 
 
@@ -28,6 +29,12 @@ def work() -> dict[str, Any]:
     """Counted, so that one run is enough."""
     sdpo = {c: [apart("work", kind, coverage=c) for kind in ("sdpo", "trl sdpo")] for c in (1.0, 0.5)}
     vpd = {"frequency 5": apart("work", "vpd", steps=5), "sdpo": sdpo[1.0][0]}
+    # Two optimizer steps for each batch of rollouts, so that TRL scores them first: the prior takes its scores
+    twice = {"steps_per_generation": 16, "steps": 10}
+    scored = {kind: apart("work", kind, **twice) for kind in ("vpd", "sdpo")}
+    rows = {n: {"per_device_train_batch_size": n, "gradient_accumulation_steps": 64 // n} for n in (4, 2)}
+    shares = {n: [apart("work", kind, **sizes) for kind in ("sdpo", "trl sdpo")] for n, sizes in rows.items()}
+    real = {n: [entry["real"] for entry in pair] for n, pair in {8: sdpo[1.0], **shares}.items()}
     return {
         "conditions": "5 steps of 64 rollouts of 1 to 200 tokens, micro-batches of 8, prompts of 10 to 40 tokens, feedback "
         "of 15 to 60; Qwen3's form, 4 layers, hidden size 256, vocabulary 1,002; full-vocabulary reverse KL",
@@ -35,6 +42,8 @@ def work() -> dict[str, Any]:
             f"coverage {c:g}": {"ours": a, "trl": b, "flops": a["flops"] / b["flops"]} for c, (a, b) in sdpo.items()
         },
         "vpd": vpd | {"flops": vpd["frequency 5"]["flops"] / vpd["sdpo"]["flops"]},
+        "real tokens by rows of a micro-batch": {n: {"ours": a, "trl": b} for n, (a, b) in real.items()},
+        "vpd, scored": scored | {"flops": scored["vpd"]["flops"] / scored["sdpo"]["flops"]},
     }
 
 
@@ -89,12 +98,18 @@ def growth() -> dict[str, Any]:
     }
 
 
+def estimate() -> dict[str, Any]:
+    """Nothing measured: what the calculator says of an 8 B model on 8 GPUs, per engine, teacher and divergence."""
+    return eight_billion.arithmetic()
+
+
 MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
     "work": work,
     "memory": memory,
     "time": run_time,
     "imports": imports,
     "growth": growth,
+    "estimate": estimate,
 }
 
 

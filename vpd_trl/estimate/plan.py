@@ -195,10 +195,9 @@ def _add_lasting(found: Estimate, plan: Plan, student: Rehearsal, teacher: Rehea
     """Weights, gradients, optimizer state, and what a teacher or a fixed prior adds."""
     config, gpus, memory = plan.config, plan.gpus, found.memory
     shards = gpus if plan.shards_weights else 1
-    computed = plan.half.itemsize if plan.half is not None else plan.dtype.itemsize
+    computed = _computed_itemsize(plan)
     deepspeed = plan.engine in ("zero2", "zero3")
-    # What is trained is kept in float32 by FSDP, and beside the weights by DeepSpeed's optimizer
-    kept = computed if deepspeed else 4 if plan.engine == "fsdp2" or plan.adapter is not None else plan.dtype.itemsize
+    kept = _kept_itemsize(plan)
     frozen = _frozen_bytes(student.model, plan, computed if deepspeed else plan.dtype.itemsize)
     trained = found.trained
     memory["weights"] = (frozen + trained * kept) / shards
@@ -213,12 +212,7 @@ def _add_lasting(found: Estimate, plan: Plan, student: Rehearsal, teacher: Rehea
 
     parts = config.parts
     if parts.uses_feedback and config.teacher == "ema":
-        # In float32, as the average takes small steps. Where it can't be swapped in, what it is written over is kept
-        memory["teacher: moving average"] = trained * 4 / shards
-        if plan.shards_weights:
-            found.memory["teacher: student's weights meanwhile"] = trained * kept / shards
-        elif kept != 4:
-            found.memory["teacher: the average in half precision"] = trained * kept
+        memory["teacher: moving average"] = trained * 4 / shards  # in float32, as it takes small steps
     elif parts.refines_teacher and config.teacher == "lora":
         own = sum(p.numel() for p in teacher.model.parameters() if p.requires_grad)
         memory["teacher: adapter and its optimizer"] = own * (4 + 4 + _state_bytes(config.optim, 4))
@@ -227,6 +221,17 @@ def _add_lasting(found: Estimate, plan: Plan, student: Rehearsal, teacher: Rehea
     if config.beta > 0 and parts.policy_gradient and plan.adapter is None:
         memory["reference model"] = found.parameters * plan.dtype.itemsize / shards
     memory["reserve"] = RESERVE * GIB
+
+
+def _computed_itemsize(plan: Plan) -> int:
+    return (plan.half or plan.dtype).itemsize
+
+
+def _kept_itemsize(plan: Plan) -> int:
+    """Bytes of a trained weight: FSDP keeps them in float32, as PEFT does adapters, DeepSpeed beside its optimizer."""
+    if plan.engine in ("zero2", "zero3"):
+        return _computed_itemsize(plan)
+    return 4 if plan.engine == "fsdp2" or plan.adapter is not None else plan.dtype.itemsize
 
 
 def _frozen_bytes(model: Any, plan: Plan, itemsize: int) -> float:
@@ -272,14 +277,21 @@ def _add_phases(found: Estimate, plan: Plan, student: Rehearsal, teacher: Rehear
     else:
         found.phases["rollouts"] = float(plan.rows * (prompt + longest) * student.cache_bytes())
     awake = 0.0 if config.vllm_enable_sleep_mode else reserved
+    told = prompt + plan.feedback
+    if parts.uses_feedback:
+        swapped = 0.0
+        if config.teacher == "ema" and plan.shards_weights:  # written over the student's weights, which are kept
+            swapped = found.memory["teacher: moving average"] * _kept_itemsize(plan) / 4
+        elif config.teacher == "ema" and _kept_itemsize(plan) < 4:  # a copy in the weights' precision
+            swapped = found.trained * _kept_itemsize(plan)
+        found.phases["teacher's targets"] = teacher.scores(rows, told, longest).memory + swapped + awake
     if parts.distills:
         step = student.m_step(rows, prompt, longest, alpha=config.divergence_alpha, top_k=config.distillation_top_k)
-        # The teacher's hidden states are among them; its own pass keeps nothing else
+        # The teacher's hidden states are among them
         found.phases["M-step"] = step.memory + awake
     if parts.policy_gradient:
         found.phases["policy gradient"] = student.policy_gradient(rows, prompt, longest).memory + awake
     if parts.refines_teacher:
-        told = prompt + plan.feedback
         together = max(rows * (prompt + longest - 1) // (told + longest - 1), 1)
         found.phases["E-step"] = teacher.e_step(together, told, longest).memory + awake
 

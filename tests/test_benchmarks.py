@@ -1,0 +1,47 @@
+"""The benchmarks: their tables come from their results, and what they count can't grow unseen."""
+
+import json
+import re
+
+import pytest
+
+from examples.benchmarks import eight_billion, measures, report, run, setting
+
+
+def test_the_readmes_table_of_ratios_comes_from_the_results_files():
+    text = report.README.read_text(encoding="utf-8")
+    assert text.split(f"{report.BEGIN}\n")[1].split(f"\n{report.END}")[0] == report.table()
+
+
+def test_the_page_about_eight_billion_parameters_comes_from_its_results_file():
+    found = json.loads(eight_billion.RESULT.read_text())
+    text = eight_billion.PAGE.read_text(encoding="utf-8")
+    assert text.split("<!-- estimate -->\n")[1].split("\n<!-- /estimate -->")[0] == eight_billion.tables(found)
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_results_file_says_how_it_was_made(path):
+    found = json.loads(path.read_text())
+    assert found["command"] == f"python -m examples.benchmarks.run {path.stem}"
+    assert path.stem in run.MEASURED
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?", found["commit"])
+    assert {"torch", "transformers", "trl"} <= found["versions"].keys()
+
+
+def test_one_step_of_sdpo_takes_fewer_operations_and_pads_less_than_trls(monkeypatch):
+    model = setting.model
+    monkeypatch.setattr(setting, "model", lambda: model(hidden=64, layers=2))
+    ours, theirs = (measures.work(kind, steps=1, longest=100) for kind in ("sdpo", "trl sdpo"))
+    assert ours["real"] >= 0.95 > theirs["real"]
+    assert ours["flops"] <= 0.8 * theirs["flops"]
+    half = measures.work("sdpo", steps=1, longest=100, coverage=0.5)
+    assert half["flops"] < 0.6 * ours["flops"]
+
+
+def test_an_e_step_takes_the_operations_that_the_page_adds_up(monkeypatch):
+    model = setting.model
+    monkeypatch.setattr(setting, "model", lambda: model(hidden=64, layers=2))
+    sdpo = measures.work("sdpo", steps=1, longest=100)
+    every = measures.work("vpd", steps=1, longest=100, e_step_frequency=1)
+    # 5 more passes beside 4, the teacher's ones longer; the M-step has another two of the head
+    assert 1.1 < (every["flops"] - sdpo["flops"]) / sdpo["flops"] < 1.2
