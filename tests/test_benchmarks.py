@@ -31,10 +31,11 @@ def test_every_results_file_says_how_it_was_made(path):
 def test_one_step_of_sdpo_takes_fewer_operations_and_pads_less_than_trls(monkeypatch):
     model = setting.model
     monkeypatch.setattr(setting, "model", lambda: model(hidden=64, layers=2))
-    ours, theirs = (measures.work(kind, steps=1, longest=100) for kind in ("sdpo", "trl sdpo"))
+    paper = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 32}  # rows as in the recipes
+    ours, theirs = (measures.work(kind, steps=1, longest=100, **paper) for kind in ("sdpo", "trl sdpo"))
     assert ours["real"] >= 0.95 > theirs["real"]
     assert ours["flops"] <= 0.8 * theirs["flops"]
-    half = measures.work("sdpo", steps=1, longest=100, coverage=0.5)
+    half = measures.work("sdpo", steps=1, longest=100, coverage=0.5, **paper)
     assert half["flops"] < 0.6 * ours["flops"]
 
 

@@ -217,6 +217,14 @@ def test_batch_sizes_are_checked_as_they_will_be_on_that_many_gpus(config_file, 
     assert "divisible by num_generations" in capsys.readouterr().err
 
 
+def test_a_mixture_of_experts_is_refused_instead_of_counted_wrongly(tmp_path, capsys):
+    from transformers import Qwen3MoeConfig
+
+    Qwen3MoeConfig(num_experts=8).save_pretrained(tmp_path)
+    assert main(["estimate", "--model", str(tmp_path)]) == 2
+    assert "models with experts (qwen3_moe) can't be estimated" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

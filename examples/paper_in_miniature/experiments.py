@@ -136,11 +136,16 @@ LONG = 300  # steps
 NOISE = (0.3, 0.6, 1.0)
 # A shift that lags twenty E-steps behind tells whether the default's, which follows at once, is what a fixed prior needs
 LAGGING = ("reward_shift_momentum", 0.95)
+# Answers of three symbols have small implicit rewards, on which the sigmoid is nearly straight: then all rollouts weigh
+# the same whatever the prior. Ten times the reward is as if answers were ten times as long
+TENFOLD = ("bco_temperature", 1.0)
 PRIORS: dict[str, tuple[tuple[str, Any], ...]] = {
     "dynamic prior": (),
     "fixed prior": (("prior", "fixed"),),
     "dynamic prior, lagging shift": (LAGGING,),
     "fixed prior, lagging shift": (("prior", "fixed"), LAGGING),
+    "dynamic prior, tenfold reward": (TENFOLD,),
+    "fixed prior, tenfold reward": (("prior", "fixed"), TENFOLD),
 }
 FEW = ("cipher", "facts")  # domains of the experiments below
 

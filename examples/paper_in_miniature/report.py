@@ -160,8 +160,9 @@ def table_5(tuned: Tuned) -> Table:
         row(VPD, "environment", tuned, name, domains=few, steps=long, overrides=overrides)
         for name, overrides in experiments.PRIORS.items()
     ]
-    pairs = [("dynamic prior", "fixed prior"), ("dynamic prior, lagging shift", "fixed prior, lagging shift")]
-    pairs += [(name, f"{name}, lagging shift") for name in ("dynamic prior", "fixed prior")]
+    variants = (", lagging shift", ", tenfold reward")
+    pairs = [(f"dynamic prior{variant}", f"fixed prior{variant}") for variant in ("", *variants)]
+    pairs += [(name, f"{name}{variant}") for variant in variants for name in ("dynamic prior", "fixed prior")]
     return Table("table_5", f"The prior, after {long} steps", rows, pairs, few)
 
 

@@ -25,8 +25,8 @@ from .train import teacher_peft_config
 
 
 DESCRIPTION = """What a run needs: bytes on each GPU in each phase, operations and time of a rollout batch. The model's
-passes are rehearsed on tensors without data, through the code that training runs: no weights are loaded, no GPU is used.
-Takes the recipe and every field of vpd-trl train.
+passes are rehearsed on tensors without data, through the code that training runs: no weights are loaded, no GPU is used. Of a vision-language model the language part
+alone is counted; mixtures of experts are refused. Takes the recipe and every field of vpd-trl train.
 
   vpd-trl estimate --model Qwen/Qwen3-8B --gpus 8 --engine zero3 --bf16 true --max_completion_length 2048"""
 

@@ -55,7 +55,7 @@ class Plan:
         efficiency: Share of the device's peak that matrix products get.
 
     Raises:
-        ValueError: If a number is out of its range, or the engine isn't known.
+        ValueError: If a number is out of its range, the engine isn't known, or the model is a mixture of experts.
     """
 
     model: PretrainedConfig
@@ -75,6 +75,12 @@ class Plan:
     efficiency: float = 0.4
 
     def __post_init__(self) -> None:
+        experts = ("num_experts", "num_local_experts", "n_routed_experts")
+        if any((getattr(self.model, name, None) or 0) > 1 for name in experts):
+            raise ValueError(
+                f"models with experts ({self.model.model_type}) can't be estimated: which of them a token takes is not "
+                "known without data."
+            )
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}.")
         if self.engine != "ddp" and self.gpus < 2:
