@@ -324,8 +324,16 @@ def test_each_of_several_splits_has_its_folder(model_folder, tmp_path, capsys):
 # ---- Processes of their own
 
 
+TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+TWO_PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
 def start(recipe, *arguments, launcher=()):
-    command = [sys.executable, *launcher, "-m", "vpd_trl.cli", "train", "--config", recipe.path, *map(str, arguments)]
+    return start_command("train", "--config", recipe.path, *arguments, launcher=launcher)
+
+
+def start_command(*arguments, launcher=()):
+    command = [sys.executable, *launcher, "-m", "vpd_trl.cli", *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -354,8 +362,7 @@ def test_a_signal_from_outside_leaves_a_checkpoint_and_exit_code_130(recipe, tmp
 
 @pytest.mark.slow
 def test_two_processes_agree_on_a_signal_that_one_of_them_got_and_go_on_together(recipe, tmp_path):
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher = TWO_PROCESSES
     whole = ["--output_dir", tmp_path / "whole"]
     process = start(recipe, *whole, launcher=launcher)
     output = finish(process)
@@ -371,3 +378,17 @@ def test_two_processes_agree_on_a_signal_that_one_of_them_got_and_go_on_together
     assert state(tmp_path / "run")["global_step"] == 4
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert tiny.same(one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does_and_print_one_table(model_folder, tmp_path, capsys):
+    arguments = ["evaluate", "--model", model_folder, "--task", TASK, "--k", 2, "--max_new_tokens", 4]
+    arguments += ["--temperature", 0]  # each process draws its own numbers otherwise
+    assert vpd_trl(*arguments, "--output_dir", tmp_path / "one") == 0
+    expected = capsys.readouterr().out.split("\n\nResults")[0]
+    process = start_command(*arguments, "--output_dir", tmp_path / "two", launcher=TWO_PROCESSES)
+    output = finish(process)
+    assert process.returncode == 0, output[-3000:]
+    assert output.count(expected) == 1, output[-3000:]
+    one, two = (sorted((tmp_path / name / "problems.jsonl").read_text().splitlines()) for name in ("one", "two"))
+    assert one == two
