@@ -383,7 +383,6 @@ def test_two_processes_agree_on_a_signal_that_one_of_them_got_and_go_on_together
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one_does_and_print_one_table(model_folder, tmp_path, capsys):
     arguments = ["evaluate", "--model", model_folder, "--task", TASK, "--k", 2, "--max_new_tokens", 4]
-    arguments += ["--temperature", 0]  # each process draws its own numbers otherwise
     assert vpd_trl(*arguments, "--output_dir", tmp_path / "one") == 0
     expected = capsys.readouterr().out.split("\n\nResults")[0]
     process = start_command(*arguments, "--output_dir", tmp_path / "two", launcher=TWO_PROCESSES)
