@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,9 +31,17 @@ def _folder() -> Path:
 # ---- Work: floating-point operations and tokens of training, generation left out
 
 
-def work(kind: str, *, steps: int = 5, coverage: float = 1.0, longest: int = 200, **changes: Any) -> dict[str, float]:
+def work(
+    kind: str,
+    *,
+    steps: int = 5,
+    coverage: float = 1.0,
+    longest: int = 200,
+    vocabulary: int = setting.WORDS + 2,
+    **changes: Any,
+) -> dict[str, float]:
     """Operations of `steps` optimizer steps, and tokens that enter the network with the share that is no padding."""
-    network = setting.model()
+    network = setting.model(vocabulary=vocabulary)
     made = setting.trainer(
         kind, network, setting.questions(64, coverage=coverage), _folder(), max_steps=steps, **changes
     )
@@ -171,6 +180,26 @@ def apart(function: str, *arguments: Any, **options: Any) -> Any:
     if done.returncode:
         raise RuntimeError(f"{function}{arguments} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def together(processes: int, function: str, *arguments: Any, **options: Any) -> list[Any]:
+    """A measurement in several processes that train together on the CPU, one result of each."""
+    call = json.dumps({"function": function, "arguments": arguments, "options": options})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    command = [sys.executable, "-m", "examples.benchmarks.measures", call]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env | {"RANK": r, "LOCAL_RANK": r})
+        for r in map(str, range(processes))
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"{function}{arguments} failed in one of {processes} processes")
+    return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
 
 
 def side_by_side(repeats: int, function: str, *cases: tuple[Any, dict[str, Any]]) -> list[list[Any]]:

@@ -66,7 +66,11 @@ def chart(path: Path) -> None:
         x = [point["at"] for point in points]
         y = [point["flops"] / 1e12 for point in points]
         panel.plot(x, y, marker="o", color="tab:blue", label="measured")
-        panel.plot(x, [y[0] * at / x[0] for at in x], ls=":", color="0.5", label="linear from the first")
+        if axis == "processes":
+            panel.plot(x, [point["most of one"] / 1e12 for point in points], marker="s", label="most of one process")
+        # What a thing adds may be proportional to it beside what it doesn't touch
+        slope = (y[1] - y[0]) / (x[1] - x[0])
+        panel.plot(x, [y[0] + slope * (at - x[0]) for at in x], ls=":", color="0.5", label="straight line")
         panel.set(xlabel=axis, ylabel="operations of five steps, 10¹²", ylim=(0, None), xlim=(0, None))
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import eight_billion
-from .measures import apart, ratio, side_by_side
+from .measures import apart, ratio, side_by_side, together
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,13 +89,19 @@ def imports() -> dict[str, Any]:
 def growth() -> dict[str, Any]:
     """Operations of five steps as one thing grows and the rest stays."""
     axes: dict[str, list[tuple[int, dict[str, Any]]]] = {
-        "rollouts per prompt": [(n, {"num_generations": n}) for n in (4, 8, 16, 32)],
-        "completion length": [(n, {"longest": n}) for n in (50, 100, 200, 400)],
+        # Of 8 prompts, in n micro-batches of 8 rows
+        "rollouts per prompt": [(n, {"num_generations": n, "gradient_accumulation_steps": n}) for n in (4, 8, 16, 32)],
+        "longest completion": [(n, {"longest": n}) for n in (50, 100, 200, 400)],
+        "vocabulary": [(n, {"vocabulary": n, "longest": 50}) for n in (1_000, 4_000, 16_000, 64_000)],
     }
-    return {
-        "conditions": "as in work, vpd",
-        "axes": {axis: [{"at": at, **apart("work", "vpd", **o)} for at, o in points] for axis, points in axes.items()},
-    }
+    found = {axis: [{"at": at, **apart("work", "vpd", **o)} for at, o in points] for axis, points in axes.items()}
+    # The same 64 rollouts, spread over processes: all of them together make as many operations as one
+    found["processes"] = []
+    for n in (1, 2, 4):
+        each = together(n, "work", "vpd", gradient_accumulation_steps=8 // n)
+        total = sum(entry["flops"] for entry in each)
+        found["processes"].append({"at": n, "flops": total, "most of one": max(entry["flops"] for entry in each)})
+    return {"conditions": "as in work, vpd; all processes' operations", "axes": found}
 
 
 def estimate() -> dict[str, Any]:
