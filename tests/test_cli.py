@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,10 @@ from vpd_trl import VPDConfig, __version__
 from vpd_trl.checkpoints import last_whole
 from vpd_trl.cli import interrupt, main
 from vpd_trl.cli.arguments import TaskArguments
+from vpd_trl.cli.evaluate import make_parser
+from vpd_trl.cli.main import HELP
 from vpd_trl.cli.parsing import RecipeParser, parse
+from vpd_trl.tasks import load_task
 
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +95,17 @@ def test_help_and_version_come_without_torch():
     assert done.returncode == 0, done.stderr
     assert "vpd-trl COMMAND" in done.stdout
     assert f"vpd-trl {__version__}" in done.stdout
+
+
+def test_the_evaluation_in_the_help_has_all_that_its_task_needs():
+    example = next(line for line in HELP.splitlines() if line.startswith("  vpd-trl evaluate"))
+    given = make_parser().parse_args(shlex.split(example)[2:])
+    assert load_task(given.task, **json.loads(given.task_kwargs)).name
+
+
+def test_training_without_arguments_says_what_it_needs_before_anything_about_the_machine(capsys):
+    assert vpd_trl("train") == 2
+    assert "give a recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -187,6 +188,20 @@ def test_the_metrics_compute_what_the_estimators_do():
     assert PassAtK().compute(scores=SCORES, k=[1, 2]) == expected
     assert PassAtK().compute(scores=SCORES, k=4, threshold=0.5) == {"pass@4": 1.0}
     assert MajorityAtK().compute(scores=SCORES, answers=ANSWERS) == {"majority@4": 1 / 3}
+    assert PassAtK().compute(scores=SCORES, k=np.int64(1)) == PassAtK().compute(scores=SCORES, k=1)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_majority_at_k_takes_problems_without_any_answer_wherever_they_stand(one_by_one):
+    answers, scores = [[None, None], ["7", "7"]], [[0, 0], [1, 1]]
+    for order in (1, -1):
+        metric = MajorityAtK()
+        if one_by_one:
+            for entry in list(zip(answers, scores, strict=True))[::order]:
+                metric.add(answers=entry[0], scores=entry[1])
+        else:
+            metric.add_batch(answers=answers[::order], scores=scores[::order])
+        assert metric.compute() == {"majority@2": 0.5}
 
 
 def test_the_metrics_gather_batches_and_combine():
@@ -205,6 +220,8 @@ def test_the_metrics_refuse_what_the_estimators_refuse():
         AvgAtK().compute(scores=[[1, 0], [1]])
     with pytest.raises(ValueError, match="got 5"):
         PassAtK().compute(scores=SCORES, k=5)
+    with pytest.raises(ValueError, match="k is an empty list"):
+        PassAtK().compute(scores=SCORES, k=[])
     with pytest.raises(ValueError, match="no samples"):
         AvgAtK().compute(scores=[])
 
@@ -353,6 +370,27 @@ def test_a_line_in_between_that_is_no_result_is_refused(tmp_path):
 
 def stingy(completions, **kwargs):
     return [0.0] * len(completions)
+
+
+class Strict:
+    __name__ = "strict"
+
+    def __init__(self, strict):
+        self.strict = strict
+
+    def __call__(self, completions, **kwargs):
+        return [float(self.strict)] * len(completions)
+
+
+def test_results_of_a_reward_with_other_options_are_refused_though_its_name_is_the_same(tmp_path):
+    evaluation(reward=Strict(True)).run(Digits(), tmp_path / "object", progress=False)
+    with pytest.raises(
+        ValueError, match=r'reward_options is \[\{"strict": true\}\] there and \[\{"strict": false\}\]'
+    ):
+        evaluation(reward=Strict(False)).run(Digits(), tmp_path / "object", progress=False)
+    evaluation(reward=partial(is_small, mode="a")).run(Digits(), tmp_path / "partial", progress=False)
+    with pytest.raises(ValueError, match="reward_options"):
+        evaluation(reward=partial(is_small, mode="b")).run(Digits(), tmp_path / "partial", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import time
 from dataclasses import fields
 
 import pytest
@@ -220,6 +221,12 @@ def test_a_teachers_prompt_without_any_feedback_is_never_made(tokenizer):
 )
 def test_thinking_is_removed_wherever_it_began(text, opened, answer):
     assert strip_thinking(text, opened=opened) == answer
+
+
+def test_thinking_that_opens_over_and_over_is_removed_in_no_time():
+    start = time.perf_counter()
+    assert strip_thinking("a <think>x</think> b" + "<think>" * 100_000) == "a  b"
+    assert time.perf_counter() - start < 2  # of 100,000 searches to the end: minutes
 
 
 def test_thinking_is_removed_when_the_prompt_opens_it(tmp_path, tokenizer):

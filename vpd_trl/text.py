@@ -48,9 +48,11 @@ def strip_thinking(text: str, *, opened: bool = False) -> str:
     """
     if opened:
         text = THINK_OPEN + text
-    text = _THINK_BLOCK.sub("", text)
+    before, close, after = text.rpartition(THINK_CLOSE)
+    # Blocks end by the last closing tag. Without one the search for each would read the text to its end
+    text = _THINK_BLOCK.sub("", before + close)
     # A closing tag without an opening one: everything before it was thinking
-    text = text.rpartition(THINK_CLOSE)[2]
+    text = text.rpartition(THINK_CLOSE)[2] + after
     return text.partition(THINK_OPEN)[0].strip()
 
 

@@ -24,7 +24,7 @@ class TaskArguments:
     evaluate: bool = field(default=False, metadata={"help": "Evaluate on the task's test splits: whenever eval_strategy says so, with eval_on_start before training, and in any case at the end."})
     eval_samples: int | None = field(default=None, metadata={"help": "k: samples per problem in evaluations. None: the paper's number for the task."})
     eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many problems of each split. None: all."})
-    eval_max_new_tokens: int | None = field(default=None, metadata={"help": "Longest completion in evaluations, in tokens. None: the paper's 8192."})
+    eval_max_new_tokens: int | None = field(default=None, metadata={"help": "Longest completion in evaluations, in tokens. None: as long as the rollouts, max_completion_length."})
     teacher_lora_r: int | None = field(default=None, metadata={"help": "With teacher='lora': rank of the teacher's adapter. None: 16."})
     teacher_lora_alpha: int | None = field(default=None, metadata={"help": "With teacher='lora': alpha of the adapter. None: 32."})
     teacher_lora_dropout: float | None = field(default=None, metadata={"help": "With teacher='lora': dropout of the adapter. None: 0."})

@@ -34,7 +34,7 @@ options:
 examples:
   vpd-trl train --config recipe.yaml --learning_rate 1e-5
   accelerate launch --num_processes 8 -m vpd_trl.cli train --config recipe.yaml
-  vpd-trl evaluate --model runs/vpd --task sciknoweval
+  vpd-trl evaluate --model runs/vpd --task sciknoweval --task_kwargs '{{"domain": "biology"}}'
   vpd-trl estimate --config recipe.yaml --gpus 8 --gpu h100
   vpd-trl report runs/vpd runs/grpo --output report
 """

@@ -127,6 +127,8 @@ def parse(arguments: Sequence[str]) -> tuple[TaskArguments, VPDConfig, ModelConf
     Raises:
         UsageError: If there is no such recipe or field, or a value is not allowed.
     """
+    if not any(argument.startswith("--") for argument in arguments):  # before the machine is asked what it can do
+        raise UsageError("task and model_name_or_path are missing: give a recipe (--config recipe.yaml), or set them.")
     task, config, model = parse_with(RecipeParser(), arguments)
     for name, value in (("task", task.task), ("model_name_or_path", model.model_name_or_path)):
         if not value:

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -48,13 +49,20 @@ class Sampling:
     chat_template_kwargs: dict[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number; got {value!r}.")
         ranges = {
             "temperature": ("a finite number, at least 0", 0 <= self.temperature < math.inf),
             "top_p": ("a number in (0, 1]", 0 < self.top_p <= 1),
             "top_k": ("a whole number, at least 0", self.top_k >= 0 and self.top_k == int(self.top_k)),
             "min_p": ("a number in [0, 1]", 0 <= self.min_p <= 1),
             "repetition_penalty": ("a finite number above 0", 0 < self.repetition_penalty < math.inf),
-            "max_new_tokens": ("a whole number, at least 1", self.max_new_tokens >= 1),
+            "max_new_tokens": (
+                "a whole number, at least 1",
+                self.max_new_tokens >= 1 and self.max_new_tokens == int(self.max_new_tokens),
+            ),
             "seed": ("a whole number, at least 0", self.seed >= 0 and self.seed == int(self.seed)),
         }
         for name, (allowed, ok) in ranges.items():

@@ -274,6 +274,7 @@ class Evaluation:
                 "k": self.k,
                 "sampling": asdict(self.sampling),
                 "reward_funcs": self.grader.names,
+                "reward_options": self.grader.options,
                 "reward_weights": self.grader.weights,
                 "success_threshold": self.success_threshold,
                 "answer_fn": None if self.answer_fn is None else get_callable_name(self.answer_fn),

@@ -48,6 +48,7 @@ class Grader:
                     "a reward model into a function."
                 )
         self.names = [get_callable_name(function) for function in self.functions]
+        self.options = [_options(function) for function in self.functions]
         self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.functions):
             raise ValueError(f"There are {len(self.functions)} reward functions but {len(self.weights)} weights.")
@@ -144,3 +145,13 @@ def _as_rewards(name: str, result: Any, count: int) -> list[float | None]:
     if any(reward is not None and math.isinf(reward) for reward in rewards):
         raise ValueError(f"The reward function {name!r} returned an infinite reward, which has no mean.")
     return [None if reward is None or math.isnan(reward) else reward for reward in rewards]
+
+
+def _options(function: Any) -> dict[str, Any]:
+    """The flags and texts that a reward function's object, or its `functools.partial`, was made with."""
+    given = getattr(function, "keywords", None) or getattr(function, "__dict__", {})
+    return {
+        name: value
+        for name, value in sorted(given.items())
+        if not name.startswith("_") and isinstance(value, (bool, str))
+    }

@@ -8,7 +8,7 @@ They are used by class, so nothing is looked up on the network or loaded from a 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -91,8 +91,10 @@ class _SampleMetric(evaluate.Metric):
     ) -> dict[str, float]:
         matrix = estimators.sample_matrix(scores)
         k = matrix.shape[1] if k is None else k
-        ks = [k] if isinstance(k, int) else list(k)
-        return {f"{self._prefix}@{n}": float(self._values(matrix, n, threshold, answers).mean()) for n in ks}
+        ks = list(k) if isinstance(k, Iterable) else [k]
+        if not ks:
+            raise ValueError("k is an empty list; give at least one number of samples.")
+        return {f"{self._prefix}@{int(n)}": float(self._values(matrix, n, threshold, answers).mean()) for n in ks}
 
     def _values(self, scores: Any, k: int, threshold: float, answers: Any) -> Any:
         """The metric's value for each problem."""
@@ -159,5 +161,18 @@ class MajorityAtK(_SampleMetric):
     _inputs = _INPUTS + _ANSWERS + _THRESHOLD
     _citation = _WANG
 
+    # Evaluate takes the type of a column from its first entry, which may hold no answer at all: a blank one counts as none
+    def add_batch(self, *, answers: Sequence[Sequence[str | None]], **inputs: Any) -> None:
+        """Add the answers and scores of some problems."""
+        super().add_batch(answers=[_with_blanks(entry) for entry in answers], **inputs)
+
+    def add(self, *, answers: Sequence[str | None], **inputs: Any) -> None:
+        """Add those of one problem."""
+        super().add(answers=_with_blanks(answers), **inputs)
+
     def _values(self, scores: Any, k: int, threshold: float, answers: Any) -> Any:
         return estimators.majority_at_k(answers, scores >= threshold, k)
+
+
+def _with_blanks(answers: Sequence[str | None]) -> list[str]:
+    return ["" if answer is None else answer for answer in answers]
