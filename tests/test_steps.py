@@ -11,7 +11,7 @@ from tests import tiny
 from vpd_trl import m_step
 from vpd_trl.batch import loss_mask, rows_of
 from vpd_trl.e_step import RewardShift
-from vpd_trl.teacher import EMATeacher, WeightSnapshot
+from vpd_trl.teacher import EMATeacher, FixedPrior, WeightSnapshot
 
 
 def ready(tmp_path, *, rows=16, feedback=None, **changes):
@@ -379,6 +379,21 @@ def test_an_average_of_half_precision_weights_moves_by_less_than_their_rounding(
         p.mul_(1 + 2**-7)  # one step of bfloat16
     teacher.after_rollout_batch()
     assert not torch.equal(before, teacher.average.weights[name])
+
+
+def test_a_copy_that_was_taken_before_the_model_was_moved_follows_it(model):
+    snapshot = WeightSnapshot(model, float32=True)
+    name = next(iter(snapshot.weights))
+    # As DeepSpeed moves models once the trainer is there
+    snapshot._parameters[name] = torch.nn.Parameter(snapshot.weights[name].to("meta"))
+    snapshot.take()
+    assert {n for n, weight in snapshot.weights.items() if weight.device.type == "meta"} == {name}
+
+
+@pytest.mark.parametrize("method", ["vpd", "sdpo"])
+def test_a_fixed_prior_is_kept_only_where_an_e_step_reads_it(tmp_path, method):
+    prior = tiny.trainer(tmp_path, method=method, prior="fixed").prior
+    assert isinstance(prior, FixedPrior) == (method == "vpd")
 
 
 def test_a_fixed_prior_is_the_adapter_that_was_passed_not_the_base_model(tmp_path, tokenizer, model):

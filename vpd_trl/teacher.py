@@ -55,8 +55,14 @@ class WeightSnapshot:
             self.take()
 
     def take(self) -> None:
-        """Copy the weights, unless there is a copy already. Called when they have been sharded, if they are to be."""
+        """
+        Copy the weights, unless there is a copy already. Called when they are where they stay, and sharded if they are
+        to be.
+        """
         if self.weights:
+            if self._engine is None or not self._engine.shards_weights:
+                # DeepSpeed moves the model after the trainer is built
+                self.weights = {name: w.to(self._parameters[name].device) for name, w in self.weights.items()}
             return
         if self._engine is not None:
             self._engine.settle()
@@ -347,5 +353,6 @@ def make_teacher(trainer: VPDTrainer, adapter_config: Any = None) -> SharedTeach
 
 
 def make_prior(trainer: VPDTrainer) -> DynamicPrior:
-    """The prior that `VPDConfig.prior` names."""
-    return FixedPrior(trainer) if trainer.args.prior == "fixed" else DynamicPrior()
+    """The prior that `VPDConfig.prior` names; without an E-step, which alone has one, there is nothing to keep."""
+    fixed = trainer.args.prior == "fixed" and trainer.parts.refines_teacher
+    return FixedPrior(trainer) if fixed else DynamicPrior()
