@@ -411,6 +411,16 @@ def test_of_hidden_tests_no_more_is_told_than_how_they_failed(sandbox):
     assert "7717" not in told(sandbox, both, HIDDEN)
 
 
+def test_public_tests_behind_a_time_out_are_not_said_to_be_passed():
+    tests = CodeTests([StdinTest("1", "1"), StdinTest("2", "2", public=False), StdinTest("3", "3")])
+    cases = (CaseResult(Status.PASSED), CaseResult(Status.TIMEOUT))
+    feedback, outcome = ExecutionFeedback(CodeRunner(Spy())), Outcome(Status.TIMEOUT, cases, 3)
+    timed_out = "In a hidden test it fails: the program takes too long: the time limit was exceeded."
+    assert feedback.describe(tests, outcome) == timed_out
+    known = "The program passes the tests that are public. "
+    assert feedback.describe(CodeTests(tests.tests[:2]), outcome) == known + timed_out
+
+
 def test_hidden_tests_are_shown_if_asked(sandbox):
     assert "7717 0" in told(sandbox, "input()\nprint(3)\n", HIDDEN, show_hidden=True)
     only_hidden = CodeTests([StdinTest("7717", "1", public=False)])

@@ -134,7 +134,8 @@ class ExecutionFeedback:
             parts = [_wrong_text(test, case, tests.entry_point) for test, case in shortest]
             text = f"The program gives a wrong answer in {len(wrong)} of {len(shown)} tests.\n\n" + "\n\n".join(parts)
         else:
-            text = _hidden_text([case for _, case in pairs], bool(shown))
+            all_run = len(shown) == sum(test.public for test in tests.tests)
+            text = _hidden_text([case for _, case in pairs], bool(shown) and all_run)
         text = _printable(text)
         return text if len(text) <= self.max_length else text[: self.max_length - 1].rstrip() + "…"
 
@@ -161,11 +162,11 @@ def _wrong_text(test: AnyTest, case: CaseResult, entry_point: str | None) -> str
     )
 
 
-def _hidden_text(cases: list[CaseResult], some_public: bool) -> str:
+def _hidden_text(cases: list[CaseResult], public_passed: bool) -> str:
     """What may be known of hidden tests: how one failed, not in what."""
     case = next(case for case in cases if case.status is not Status.PASSED)
     how = _EARLY.get(case.status, "The program gives a wrong answer.")
-    passed = "The program passes the tests that are public. " if some_public else ""
+    passed = "The program passes the tests that are public. " if public_passed else ""
     return f"{passed}In a hidden test it fails: {how[0].lower()}{how[1:]}"
 
 
