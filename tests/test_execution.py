@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import TrainerState
 
 from tests import tiny
 from vpd_trl import Feedback, FeedbackFn
@@ -199,13 +200,46 @@ def test_a_batch_may_be_larger_than_what_is_kept():
 
 
 def test_what_was_not_run_is_run_the_next_time_and_has_no_reward_until_then():
-    statuses = [Status.NOT_RUN, Status.PASSED]
+    statuses = [Status.NOT_RUN, Status.PASSED, Status.PASSED]
     spy = Spy(lambda program: statuses.pop(0))
     runner = CodeRunner(spy)
     assert ask(ExecutionFeedback(runner), [fenced("a = 1\n")], [SUM]) == [None]
-    assert ask(CodeReward(runner), [fenced("a = 1\n")], [SUM]) == [1.0]
-    assert len(spy.batches) == 2
+    assert ask(CodeReward(runner), [fenced("a = 1\n"), fenced("a = 2\n")], [SUM] * 2) == [1.0, 1.0]
+    assert spy.batches == [["a = 1\n"], ["a = 1\n", "a = 2\n"]]
     assert ask(CodeReward(CodeRunner(Spy(lambda program: Status.NOT_RUN))), [fenced("a = 1\n")], [SUM]) == [None]
+
+
+def test_what_was_not_run_is_not_run_by_the_feedback_on_the_same_batch():
+    allowed = {"a = 1\n"}
+    spy = Spy(lambda program: Status.PASSED if program in allowed else Status.NOT_RUN)
+    runner, state = CodeRunner(spy), TrainerState()
+    reward, feedback = CodeReward(runner), ExecutionFeedback(runner)
+    completions = [fenced("a = 1\n"), fenced("a = 2\n")]
+
+    def both():
+        rewards = ask(reward, completions, [SUM] * 2, trainer_state=state)
+        told = ask(feedback, completions, [SUM] * 2, trainer_state=state)
+        assert ask(feedback, completions[1:], [SUM], trainer_state=state) == told[1:], "of a part of it"
+        assert [entry is None for entry in told] == [value is None for value in rewards]
+        return rewards
+
+    assert both() == [1.0, None]
+    assert len(spy.batches) == 1
+    allowed.add("a = 2\n")
+    state.global_step += 1
+    assert both() == [1.0, 1.0]
+    assert spy.batches[1:] == [["a = 2\n"]]
+
+
+def test_the_deadline_of_a_batch_is_waited_for_once():
+    sandbox = Sandbox(isolation="limits", max_workers=1, batch_seconds=1.0)
+    runner = CodeRunner(sandbox)
+    completions = [fenced(f"import time\ntime.sleep({seconds})\nprint(3)\n") for seconds in (0, 60, 61)]
+    assert ask(CodeReward(runner), completions, [SUM] * 3) == [1.0, None, None]
+    start = time.monotonic()
+    told = ask(ExecutionFeedback(runner), completions, [SUM] * 3)
+    assert time.monotonic() - start < 0.9
+    assert told == [Feedback(critique="The program passed all tests."), None, None]
 
 
 def test_thinking_holds_no_program():

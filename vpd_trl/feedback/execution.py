@@ -96,7 +96,7 @@ class ExecutionFeedback:
         **columns: Any,
     ) -> list[Feedback | None]:
         tests = self.runner.tests(columns)
-        outcomes = self.runner.outcomes(prompts, completions, tests)
+        outcomes = self.runner.outcomes(prompts, completions, tests, columns.get("trainer_state"))
         feedback: list[Feedback | None] = []
         for test, outcome in zip(tests, outcomes, strict=True):
             text = None

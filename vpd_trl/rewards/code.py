@@ -48,7 +48,8 @@ class CodeReward:
         self.__name__ = "code_reward"
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        outcomes = self.runner.outcomes(prompts, completions, self.runner.tests(columns))
+        tests = self.runner.tests(columns)
+        outcomes = self.runner.outcomes(prompts, completions, tests, columns.get("trainer_state"))
         return [
             None
             if outcome is None or outcome.status is Status.NOT_RUN

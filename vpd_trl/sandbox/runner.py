@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..text import answer_text
 from .cases import CodeTests, parse_tests
@@ -17,13 +17,36 @@ from .outcome import Outcome, Status
 from .run import Sandbox
 
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+
+_OF_A_PROCESS = ("_lock", "_kept", "_batch")
+
+
+@dataclass
+class _Batch:
+    """The programs of a batch, by their keys, the trainer's state and step, and the outcomes of what was not run."""
+
+    trainer_state: TrainerState | None = None
+    step: int | None = None
+    keys: frozenset[tuple[str, str]] = frozenset()
+    not_run: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+
+    def has(self, keys: Iterable[tuple[str, str]], trainer_state: TrainerState | None) -> bool:
+        """Whether a call with these programs is one of this batch."""
+        same_step = self.trainer_state is trainer_state and self.step == getattr(trainer_state, "global_step", None)
+        return same_step and self.keys.issuperset(keys)
+
+
 class CodeRunner:
     """
     Finds the programs in completions and runs them against the tests of their rows, each program once.
 
     Outcomes are kept: the reward function runs a batch, and a feedback function that holds the same runner gets the
     same outcomes a moment later. Equal programs with equal tests, of a group or of a later step, share one run too.
-    Each process of a run has outcomes of its own.
+    What was not run is not tried again in the same batch, so that its deadline is waited for once: while the trainer's
+    step stays and no call brings a program that is not of the batch. Each process of a run has outcomes of its own.
 
     Args:
         sandbox ([`Sandbox`], *optional*):
@@ -60,8 +83,12 @@ class CodeRunner:
         self.tests_column = tests_column
         self.opens_thinking = opens_thinking
         self.cache_size = cache_size
-        self._kept: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+        self._start()
+
+    def _start(self) -> None:
         self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+        self._batch = _Batch()
 
     def tests(self, columns: Mapping[str, Sequence[Any]]) -> list[CodeTests | None]:
         """
@@ -81,7 +108,11 @@ class CodeRunner:
         return [None if value is None else _parsed(value) for value in columns[self.tests_column]]
 
     def outcomes(
-        self, prompts: Sequence[Any], completions: Sequence[Any], tests: Sequence[CodeTests | None]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        tests: Sequence[CodeTests | None],
+        trainer_state: TrainerState | None = None,
     ) -> list[Outcome | None]:
         """
         The outcome of each of N completions; `None` for one without tests.
@@ -90,6 +121,7 @@ class CodeRunner:
             prompts: The N prompts, strings or conversations.
             completions: The N completions, strings or conversations.
             tests: The tests of each.
+            trainer_state: The trainer's state, by whose step the calls of a batch are known.
         """
         found = [
             None if test is None else extract_code(self._text(prompt, completion), test.entry_point)
@@ -99,7 +131,7 @@ class CodeRunner:
             None if extraction is None or test is None or extraction.code is None else (extraction.code, test)
             for extraction, test in zip(found, tests, strict=True)
         ]
-        ran = self._run(programs)
+        ran = self._run(programs, trainer_state)
         outcomes: list[Outcome | None] = []
         for extraction, test, outcome in zip(found, tests, ran, strict=True):
             if extraction is None or test is None:
@@ -115,16 +147,23 @@ class CodeRunner:
     def _text(self, prompt: Any, completion: Any) -> str:
         return answer_text(prompt, completion, opens_thinking=self.opens_thinking)
 
-    def _run(self, programs: list[tuple[str, CodeTests] | None]) -> list[Outcome | None]:
+    def _run(
+        self, programs: list[tuple[str, CodeTests] | None], trainer_state: TrainerState | None
+    ) -> list[Outcome | None]:
         keys = [None if pair is None else _key(*pair) for pair in programs]
         with self._lock:  # a second call with the same programs waits for the outcomes of the first
             todo = {key: pair for key, pair in zip(keys, programs, strict=True) if key and pair}
-            done = {key: self._kept[key] for key in todo if key in self._kept}
+            if not self._batch.has(todo, trainer_state):
+                self._batch = _Batch(trainer_state, getattr(trainer_state, "global_step", None), frozenset(todo))
+            known = {**self._batch.not_run, **self._kept}
+            done = {key: known[key] for key in todo if key in known}
             missing = {key: pair for key, pair in todo.items() if key not in done}
             if missing:
                 done.update(zip(missing, self.sandbox.run(list(missing.values())), strict=True))
             for key, outcome in done.items():
-                if outcome.status is not Status.NOT_RUN:
+                if outcome.status is Status.NOT_RUN:
+                    self._batch.not_run[key] = outcome
+                else:
                     self._kept[key] = outcome
                     self._kept.move_to_end(key)
             while len(self._kept) > self.cache_size:
@@ -132,10 +171,11 @@ class CodeRunner:
         return [None if key is None else done[key] for key in keys]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _kept=OrderedDict(), _lock=threading.Lock())
+        self.__dict__.update(state)
+        self._start()
 
 
 def _key(program: str, tests: CodeTests) -> tuple[str, str]:
