@@ -46,15 +46,17 @@ _SPECIES = (
     "perfringens|albicans|jejuni|burgdorferi|diphtheriae|trachomatis|neoformans|discoideum|rapa|oleracea|napus|"
     "thaliana|tumefaciens|aegypti|gambiae|fumigatus|niger|nidulans|baumannii|mellifera|taurus|familiaris|reinhardtii"
 )
-_STOP = rf"\s*(?:$|\((?<=\s\()|[\n,;:!?)\]\"—–…。、\u3400-\u9fff]|\.(?!\w)(?!\s*(?:{_SPECIES})\b)|-\s)"
+_STOP = (
+    rf"\s*(?:$|</answer>|\((?<=\s\()(?!mod\b)|[\n,;:!?)\]\"—–…。、\u3400-\u9fff]|\.(?!\w)(?!\s*(?:{_SPECIES})\b)|-\s)"
+)
 _ATTACHED = re.compile(rf"{_WORD}|[°^=+*/']|-\w|\s*[=+^]|\s*-\s*\d")
 _ENDED = re.compile(rf"{_STOP}|\s+{_GOES_ON}\b(?!-)")
 # "A" and "I" are words, too: "a because" can't go on with a noun, "a not too simple one" can
 _ENDED_ARTICLE = re.compile(rf"{_STOP}|\s+(?:{_BECAUSE}|and|or|nor|for|by|from|with|in|at|here|instead)\b(?!-)")
 _VERB = re.compile(r"\s+(?:is|are|was|were|can|cannot|can't|has|have|does|do|would|isn't|aren't|don't|doesn't)\b")
 _SUBJECT_AFTER = re.compile(
-    r"(?:^|[.,;:!?()\n\"]|\b(?:so|therefore|thus|hence|that|then|and|or|nor|but|only|because|since|clearly|both|"
-    r"neither|either|think|believe|means|conclude|say|wait|actually|no|if|is|makes?|making|while|although))\s*$",
+    r"(?:^|[.,;:!?()\n\"]|\b(?:so|therefore|thus|hence|that|then|and|or|nor|but|only|only statement|because|since|clearly|"
+    r"both|neither|either|think|believe|means|conclude|say|wait|actually|no|if|is|makes?|making|while|although))\s*$",
     re.IGNORECASE,
 )
 
@@ -64,16 +66,40 @@ _CLAUSE_END = re.compile(
     r"[.,;:!?()\n—–]|\b(?:but|so|because|and|however|thus|hence|therefore|then|while|although)\b", re.IGNORECASE
 )
 _NEGATED = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|hardly|unlikely|no way|impossible|wrong|incorrect)\b|n't\b|(?<!no )\bdoubt\b",
+    r"\b(?:not|never|neither|nor|cannot|hardly|unlikely|no way|impossible|wrong|incorrect|disagree|deny|"
+    r"dispute|reject\w* (?:the|that|this|any))\b|n't\b|(?<!no )\bdoubt\b",
     re.IGNORECASE,
 )
 _LEFT_OPEN = re.compile(
     r"\b(?:if|whether|suppos\w+|assum\w+|unless|imagine|could|might|may|maybe|perhaps|possibly|some|many|others?|"
     r"people|students?|someone|they|common|mistake\w*|tempt\w+|trap|misconception|wrongly|incorrectly|first thought|"
-    r"(?:he|she|student|teacher|friend|author|nobody) (?:says?|said|thinks?|thought|claims?|claimed))\b",
+    r"(?:you|he|she|student|teacher|friend|author|nobody) (?:says?|said|thinks?|thought|claims?|claimed))\b"
+    # "The second best answer"
+    r"|\b(?:least|worst|poorest|weakest|second|third|next|distractor|decoy|eliminated|rejected|excluded)"
+    r"(?:[ -](?!the\b|my\b)\w+){0,2} ?$",
     re.IGNORECASE,
 )
-_THEN_DENIED = re.compile(r",? (?:but|which) (?:is|that is|that's|this is|would be) (?:not|wrong|incorrect|false)\b")
+_UNREAL = re.compile(
+    r"(?:^|[.!?;\n] ?)(?:(?:had|were) |if (?!I |you )[^.!?\n]*\b(?:were|had|was)\b)[^.!?\n]*$", re.IGNORECASE
+)
+_THEN_DENIED = re.compile(
+    r",? (?:but|which|though|although) (?:(?:that|this|it) )?(?:is|'s|was|would be|(?:turns|turned) out(?: to be)?|"
+    r"(?:proves|proved)(?: to be)?) (?:not|wrong|incorrect|false)\b|,? but (?:that's|it's) (?:not|wrong|incorrect|false)\b"
+)
+_TAKEN_BACK = (
+    r"(?:(?:this|that|it|(?:my|the|this|that) (?:answer|choice|option))(?: is|'s| was)(?: (?!not\b)\w+)? "
+    r"(?:wrong|incorrect|a mistake|not (?:it|correct|right))"
+    r"|(?:this|that|it) (?:isn't|wasn't|can't be|cannot be) (?:it|correct|right)"
+    r"|I(?:'m| am| was) (?:wrong|mistaken)|I disagree|I made (?:a mistake|an error)|I take (?:that|it) back)"
+    rf"(?=\s*(?:$|[.,;:!)\n]|(?:{_BECAUSE})\b))"
+)
+_SELF_CORRECTION = r"(?:(?:no|wait|sorry|oops|hmm|hold on)\b[,.:;!…]* ?)"
+_THEN_TAKEN_BACK = re.compile(
+    rf"(?:[^.!?\n]|\.(?=\d)){{0,200}}[.!\n] ?(?:{_SELF_CORRECTION}|(?:but|however|actually),? )*{_TAKEN_BACK}",
+    re.IGNORECASE,
+)
+_ALL_TAKEN_BACK = re.compile(rf"(?:^|[.!\n] ?){_SELF_CORRECTION}+{_TAKEN_BACK}", re.IGNORECASE)
+_ON_CONDITION = re.compile(r",? (?:only )?(?:if|unless|provided)\b")
 _CALLED_WRONG = re.compile(
     r"[.:)\]]?[ –—-]*(?:this |the )?(?:it's |(?:(?:it|answer|option|choice) )?is )?(?:not|no|incorrect|wrong|false)\b"
     r"|[.:)\]]?[^.!?\n]*\bis (?:incorrect|wrong|false|not (?:one|the|correct|right))\b"
@@ -98,36 +124,47 @@ _ABOUT = (
     r"listed|therefore|thus|then|now|most|likely|best|fits|matches|one|\d+)){0,8}?"
     r"(?:, (?:however|therefore|then|thus|of course|in my opinion|in this case|I think|I believe),)?"
 )
-_GOOD = r"(?:most )?(?:correct|right|best|final|only|remaining|appropriate|accurate|suitable|likely|single)"
+_GOOD = r"(?:most )?(?:correct|right|best|better|final|only|remaining|appropriate|accurate|suitable|likely|single)"
 _PICKED = (
     rf"(?:answers?|ans|choices?|options?|selection|pick|guess|{_GOOD} (?:\w+ )?(?:one|statement|letter|alternative|"
     r"explanation|description|response|solution|conclusion))"
 )
 _CHOOSING = (
     r"(?:choose|chose|select|selected|pick|picked|choosing|selecting|go with|going with|go for|going for|opt for|"
-    r"settle on|say|guess|think|believe|answer|vote for|conclude|stick with|lean towards?|leaning towards?)"
+    r"settle on|switch to|switching to|change to|changing to|say|guess|think|believe|answer|vote for|conclude|stick with|lean towards?|leaning towards?)"
 )
-# "We choose A as the origin"
-_NO_ROLE = rf"(?! as (?:the|an?|our|my) (?!(?:{_GOOD} )*(?:answer|choice|option)\b))"
+# "We choose A as the origin", "A from the set"
+_NO_ROLE = (
+    rf"(?! as (?:the|an?|our|my) (?!(?:{_GOOD} )*(?:answer|choice|option)\b)"
+    r"| from (?:the|an?|our|this) (?!(?:\w+ )?(?:options|choices|answers|alternatives|list)\b)"
+    r"| (?:at random|so that|such that|to be)\b)"
+)
 
 COMMITS = (
     rf"\b{_PICKED}{_ABOUT}{_COPULA}{_SURELY} ?\n?{{M}}",
     r"\b(?:answer|ans|choice|option|selection|pick|guess|response)\"?(?: to (?:the|this) question)?"
     r"(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
     r"(?:^|\n)(?:(?:my|the|final|correct) )*answer\n{M}",
+    r"(?:^|\n)(?:(?:the|correct|answer) )*(?:correct|letter|answer key): {M}",
+    r"(?:^|\n)solution: {M}(?=\.?(?:\n|$))",
     r"\b(?:answer|option|choice), {M}(?=,)",
     r"\bans\. {M}",
     r"(?:^|[.;:\n] ?)(?:(?:my|the|final|correct) )*answer (?=[(\[]){M}(?=[.\n]|$)",
     # "The answer is 5 m, which is option B"
     rf"\b{_PICKED}{_ABOUT}{_COPULA} (?!not\b)[^.,!?\n()]{{1,80}}?(?:,? (?:which is|that is,?|i\.e\.,?|namely,?))? ?"
     r"\(?{N}",
-    rf"{{S}}{_COPULA}{_SURELY} (?:the |my |our )?(?:{_GOOD} )*(?:answer|choice|option|one|response|pick)\b",
+    rf"{{S}}{_COPULA}{_SURELY} (?:the |my |our )?(?:{_GOOD} )*(?:answer|choice|option|one|response|pick)\b"
+    r"(?! (?:to|for|of|in) (?:an?|another|the (?:other|previous|next|wrong))\b)",
+    r"\b(?:answer|option|choice|correct|right|best)[,;.]? (?:but )?{S} is(?= ?(?:[.!;\n]|$))",
     r"\b(?:I|we)(?:'d|'ll|'m| am| would| will| should| must| can)?"
     r"(?: (?:therefore|thus|probably|rather|still|now|then|definitely|have to|going to))*"
     rf" {_CHOOSING}(?: (?:that|it's|it is|it must be|it has to be))*:? {{M}}{_NO_ROLE}",
     rf"(?:^|[.,;:\n] ?|\bso )(?:choose|select|pick|go(?:ing)? with|choosing) {{M}}{_NO_ROLE}",
     r"\b(?:so|then),? {S} it is\b",
     r"\b(?:wait|actually|correction|sorry|no|I mean|I meant)[,:;] {M}",
+    r"\bor,? (?:rather|better|more \w+),? {M}",
+    r"\b(?:chang|switch|revis|correct)\w* (?:my|the) (?:\w+ )?(?:answer|choice|pick|guess|selection) "
+    r"(?:from (?:option )?\(?[A-Z]\)? )?to {M}",
     rf"\b(?:{_GOOD}|most \w+) \w+(?: [\w-]+){{0,6}}?{_COPULA}{_SURELY} {{N}}",
     rf"\bmak(?:es|ing) {{S}} (?:the|our|my) (?:{_GOOD} )*(?:answer|choice|option)\b",
     r"(?:\bnot|n't) (?:option )?\(?[A-Z]\)?,? but (?:rather )?{M}",
@@ -138,7 +175,7 @@ TAKES_BACK = (
     r"{S} (?:is|was|can|could|would|must|should|does|do)(?: not|n't|not)\b",
     r"{S} (?:is|was)(?: \w+)? (?:incorrect|wrong|false|ruled out|eliminated|out|impossible)\b",
     r"\b(?:rul(?:e|es|ed|ing)|eliminat(?:e|es|ed|ing)|exclude|discard|reject)(?: out)? {M}",
-    r"(?:n't|not|cannot) be {M}",
+    r"(?:n't|\bnot|cannot)(?: be)? {M}",
 )
 HINTS = (
     rf"{{S}}{_COPULA}{_SURELY} (?:the )?(?:most )?(?:correct|right)\b",
@@ -147,7 +184,7 @@ HINTS = (
     r"{M}(?=\s*[.!]?\s*(?:\n|$))",
     r"\b(?:corresponds? to|match(?:es)?|leads? to|points? to|which is|namely|given by|described by) (?:only )?{N}",
     r"\b(?:leaves?|leaving)(?: us)?(?: with)?(?: only)? {M}",
-    r"\bonly {S} (?!(?:is|was|does|do|can|could|has)(?:n't|not| not)?\b)\w",
+    r"\bonly (?:statement )?{S} (?!(?:is|was|does|do|can|could|has)(?:n't|not| not)?\b)\w",
     r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
     r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)?"
     r" (?:right|correct|best|plausible|likely|reasonable)\b",
@@ -156,7 +193,12 @@ HINTS = (
     r"(?:^|\n|[.;] ?){M} ?[:.)–-] ?(?:this is |it is |it's )?(?:the )?(?:correct|right)\b",
 )
 # Nothing but a choice, or a choice and its text
-BARE = (r"\A{M}", r"\n{M}(?:[.:)] [^\n]*|[.)])?\Z", r"[.!?:] (?=[(\[]){M}\.?\Z")
+BARE = (
+    r"\A{M}",
+    r"\n{M}(?:[.:)] [^\n]*|[.)])?\Z",
+    r"[.!?:] (?=[(\[]){M}\.?\Z",
+    r"(?<!\b[A-Z])[.!] {M}\.\Z",
+)
 
 
 _KINDS = {"commit": COMMITS, "back": TAKES_BACK, "hint": HINTS}
@@ -168,7 +210,7 @@ class Event(NamedTuple):
 
     Attributes:
         place: The place in the text, in characters.
-        kind: "commit", "hint", "back" (taken back) or "several".
+        kind: "commit", "hint", "back" (taken back) or "open" (several choices at once, or all are taken back).
         letter: The choice, an upper-case letter.
     """
 
@@ -242,7 +284,8 @@ class _Reader:
             r"(?P<separator>,? ?(?:and\b|or\b|nor\b|[&/和与或、]) ?|, ?)(?:maybe |perhaps |possibly |also |even )?"
             rf"(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
         )
-        self.joined_before = re.compile(rf"(?<!\w){letters}[)\]]? ?(?:and|or|nor|[&/和与或、]) ?(?:option )?[(\[]?$")
+        self.joined_before = re.compile(rf"(?<!\w){letters}[)\]]?,? ?(?:and|or|nor|[&/和与或、]) ?(?:option )?[(\[]?$")
+        self.alone = re.compile(rf"(?<![\w'])[{choices}](?![\w'])")
         self.patterns = [
             (kind, re.compile(self._fill(pattern, mention, clear), re.IGNORECASE))
             for kind, patterns in _KINDS.items()
@@ -262,11 +305,14 @@ class _Reader:
                 event = self._event(text, match, kind)
                 if event is not None:
                     yield event
+        for match in _ALL_TAKEN_BACK.finditer(text):
+            yield Event(match.start(), "open", "")
         for tag in ANSWER_TAG.finditer(text):
             content = tag[1].strip()
             mention = self.mention.match(content)
-            if self.run.fullmatch(content) or (mention and self._several(content, mention)):
-                yield Event(tag.start(), "several", "")
+            letters = re.sub(r"[\W_]+", "", content)
+            if self.run.fullmatch(letters) or (mention and self._several(content, mention)):
+                yield Event(tag.start(), "open", "")
             elif mention and self._stands_alone(content, mention):
                 yield Event(tag.start(), "commit", mention["letter"].upper())
         for pattern in self.bare:
@@ -277,30 +323,35 @@ class _Reader:
     def _is_bare_choice(self, text: str, match: re.Match[str]) -> bool:
         if _is_asked(text, match) or _CALLED_WRONG.match(text, match.end()):
             return False
-        if self._several(text, match) or self._is_list_of_options(text, match, bare=True):
+        if self._several(text, match, bare=True) or self._is_list_of_options(text, match, bare=True):
             return False
         if self._may_be_no_choice(text, match):
             return False
         return self._stands_alone(text, match, bare=True)
 
     def _event(self, text: str, match: re.Match[str], kind: str) -> Event | None:
-        place, letter = match.start(), match["letter"].upper()
         subject = "subject" in match.re.groupindex
+        place, letter, end = match.start("subject" if subject else 0), match["letter"].upper(), match.end()
+        place += len(text[place:end]) - len(text[place:end].lstrip(" .,;:\n"))
         if not (self._is_subject(text, match) if subject else self._stands_alone(text, match)):
             return None
-        if _THEN_DENIED.match(text, match.end()):
+        if _THEN_DENIED.match(text, end):
             return None
         if _is_asked(text, match) or (kind == "commit" and not subject and self._is_list_of_options(text, match)):
             return None
         clause = _CLAUSE_END.split(text[max(0, place - 200) : place])[-1]
-        if _LEFT_OPEN.search(clause):
+        if _LEFT_OPEN.search(clause) or (
+            " would be" in match[0] and _UNREAL.search(text[max(0, place - 200) : place])
+        ):
             return None
         if _NEGATED.search(clause):
             return None if kind == "back" else Event(place, "back", letter)
         if kind == "back":
             return Event(place, kind, letter)
         if self._several(text, match) or (subject and self.joined_before.search(text[max(0, place - 20) : place])):
-            return Event(place, "several", "") if kind == "commit" else None
+            return Event(place, "open", "") if kind == "commit" else None
+        if _THEN_TAKEN_BACK.match(text, end) or (kind == "commit" and self._on_condition(text, match)):
+            return Event(place, "open", "") if kind == "commit" else None
         if kind == "hint" and _CORRECTS.search(text[max(0, place - 60) : match.end()]):
             kind = "commit"
         return Event(place, kind, letter)
@@ -330,8 +381,19 @@ class _Reader:
         start = match.start("letter")
         return bool(_SUBJECT_AFTER.search(text[max(0, start - 20) : start]))
 
-    def _several(self, text: str, match: re.Match[str]) -> bool:
-        """Whether other choices follow in the same breath: "A or C", but not "B, C is wrong"."""
+    def _on_condition(self, text: str, match: re.Match[str]) -> bool:
+        """Whether a choice holds on a condition, and another one is named thereafter: "A if n is even, else B"."""
+        if not _ON_CONDITION.match(text, match.end()):
+            return False
+        sentence = _SENTENCE_END.split(text[match.end() : match.end() + 200])[0]
+        return any(other != match["letter"].upper() for other in self.alone.findall(sentence))
+
+    def _several(self, text: str, match: re.Match[str], *, bare: bool = False) -> bool:
+        """
+        Whether other choices follow in the same breath: "A or C", but not "the answer is B, C is wrong".
+
+        A bare choice has no statement before it: "B, C are wrong".
+        """
         letter, end = match["letter"], self._end(match)
         separator = None
         while True:
@@ -346,7 +408,7 @@ class _Reader:
             if _ATTACHED.match(text, after) or not (verb or named or _ENDED.match(text, after)):
                 break
             separator = separator or further["separator"]
-            if verb and separator.startswith(","):
+            if verb and separator.startswith(",") and not bare:
                 return False
             end = after
         return separator is not None
