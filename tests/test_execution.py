@@ -106,6 +106,11 @@ CODE = "def f(x):\n    return x\n"
         "def f(x):\n    return x\n```\nThis returns x.",
         "def f(x):\n    return x\n```\nIt prints:\n```text\n3\n```",
         "Here it is:\n```python\ndef f(x):\n    return x\n```\nI hope it helps.",
+        "```python\ndef f(x):\n    return x\n``` hope it helps",
+        "```python\ndef f(x):\n    return x\n``` Done.\nIt prints:\n```text\n3\n```",
+        "```python\ndef f(x):\n    return x\n```This is it.\n\nUse it so:\n```\nf(1)\n```",
+        "1. So:\n   ~~~python\n   def f(x):\n       return x\n   ~~~ and so on",
+        "def f(x):\n    return x\n``` hope it helps",
     ],
 )
 def test_fences_of_all_kinds_are_read_and_no_identifier_is_lost(text):

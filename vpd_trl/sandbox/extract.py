@@ -43,6 +43,7 @@ _STATEMENT = re.compile(
     r"[\w.\[\], ]+\s*[-+*/|&^%]?=(?!=)\s*\S)"
 )
 _READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0\b|\bfileinput\b")
+_SENTENCE = re.compile(rf"\s*(?!(?:{'|'.join(_PYTHON)})\b)[^\s`~]+(?:\s+[^\s`]|[.!?:]\s*$)", re.IGNORECASE)
 _MOST_ENDS = 8  # fences tried as the end of one block
 
 
@@ -93,7 +94,7 @@ def _blocks(lines: list[str]) -> list[_Block] | None:
     at, found = 0, False
     if _begins_inside(lines):
         end = next(i for i, line in enumerate(lines) if _ends(line, "```"))
-        blocks.append(_Block(_joined([*lines[:end], lines[end].rstrip().rstrip("`")]), ""))
+        blocks.append(_Block(_body(lines, 0, end, None, ""), ""))
         at, found = end + 1, True
     while at < len(lines):
         match = _FENCE.match(lines[at])
@@ -128,16 +129,18 @@ def _begins_inside(lines: list[str]) -> bool:
     first = _first_line("\n".join(lines))
     if not fences or len(fences) % 2 == 0 or not _STATEMENT.match(first):
         return False
-    match = _FENCE.match(fences[0])
-    return match is None or (match[2][0] == "`" and not match[3].strip())
+    return _ends(fences[0], "```")
 
 
 def _ends(line: str, fence: str) -> bool:
-    """Whether a line closes a block: with a fence alone, or behind the last of the code."""
+    """Whether a line closes a block: with a fence, alone or with a sentence behind it, or behind the last of the code."""
     line = line.rstrip()
+    match = _FENCE.match(line)
+    if match and fence not in match[3] and _SENTENCE.match(match[3]):
+        return match[2].startswith(fence)
     marks = len(line) - len(line.rstrip(fence[0]))
     alone = not line[: len(line) - marks].strip()
-    return marks >= len(fence) and (alone or not _FENCE.match(line))
+    return marks >= len(fence) and (alone or match is None)
 
 
 def _language(info: str) -> tuple[str, str | None]:
@@ -154,7 +157,7 @@ def _language(info: str) -> tuple[str, str | None]:
 
 def _body(lines: list[str], start: int, end: int, first: str | None, indent: str) -> str:
     body = [line[len(indent) :] if line.startswith(indent) else line.lstrip() for line in lines[start:end]]
-    if end < len(lines) and lines[end].strip("`~ \t"):  # the fence stands behind code
+    if end < len(lines) and not _FENCE.match(lines[end]):  # the fence stands behind code
         body.append(lines[end].rstrip().rstrip("`~"))
     return _joined(([first] if first else []) + body)
 
