@@ -119,6 +119,25 @@ def test_fences_of_all_kinds_are_read_and_no_identifier_is_lost(text):
     assert found.otherwise is None
 
 
+@pytest.mark.parametrize("text", ["```python print(1)```", "```print(1)```", "```Python  print(1) ``` and so on"])
+def test_a_block_of_one_line_is_read_without_its_language(text):
+    assert extract_code(text) == Extraction("print(1)\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```python x = 1\nprint(x)\n```", "x = 1\nprint(x)\n"),
+        ("```python linenums=1\nprint(x)\n```", "print(x)\n"),
+        ("```print(x, end='')\n```", "print(x, end='')\n"),
+        ("```x -= 1\n```", "x -= 1\n"),
+        ("```cpp linenums=1\nprint(x)\n```", None),
+    ],
+)
+def test_code_behind_a_fence_is_told_from_attributes(text, code):
+    assert extract_code(text).code == code
+
+
 def test_a_text_without_fences_is_a_program_if_it_starts_like_one():
     assert extract_code(CODE, "f") == Extraction(CODE, Status.NO_CODE)
     assert extract_code("import sys\nprint(sys.stdin.read())").code == "import sys\nprint(sys.stdin.read())\n"

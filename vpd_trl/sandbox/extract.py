@@ -104,8 +104,10 @@ def _blocks(lines: list[str]) -> list[_Block] | None:
         found = True
         indent, fence, info = match.groups()
         if fence[0] == "`" and "`" in info:  # opened and closed in one line
-            inner = info.rstrip().rstrip("`")
-            blocks.append(_Block(inner.strip() + "\n", ""))
+            inner = info.split(fence)[0].strip("` \t")
+            first, _, rest = inner.partition(" ")
+            named = first.lower() in _PYTHON and not rest.lstrip().startswith("=")
+            blocks.append(_Block(rest.strip() + "\n", first.lower()) if named else _Block(inner + "\n", ""))
             at += 1
             continue
         language, first = _language(info)
@@ -148,11 +150,14 @@ def _language(info: str) -> tuple[str, str | None]:
     words = info.strip().split(maxsplit=1)
     if not words:
         return "", None
-    if _STATEMENT.match(info.strip()) and "title=" not in info:
-        return "", info.strip()
     rest = words[1] if len(words) > 1 else ""
     name = re.sub(r"[^\w+#-].*", "", words[0].strip("{}.").lower())
-    return name, rest if name in _PYTHON and re.match(r"(?:def|import|from|class)\s", rest) else None
+    attributes = re.match(r"[\w+#{}.-]+\s+\w[\w-]*=", info.strip()) is not None
+    if name in _PYTHON and rest and not rest.startswith("="):
+        return name, rest if _STATEMENT.match(rest) and not attributes else None
+    if _STATEMENT.match(info.strip()) and not attributes:
+        return "", info.strip()
+    return name, None
 
 
 def _body(lines: list[str], start: int, end: int, first: str | None, indent: str) -> str:
