@@ -55,7 +55,8 @@ class HumanEval(Task):
     def __init__(
         self, train_share: float = 0.5, seed: int = 42, isolation: Literal["bubblewrap", "limits"] = "bubblewrap"
     ) -> None:
-        if not 0 <= train_share < 1:
+        is_number = isinstance(train_share, (int, float)) and not isinstance(train_share, bool)
+        if not is_number or not 0 <= train_share < 1:
             raise ValueError(f"train_share must be a number in [0, 1); got {train_share!r}.")
         self.train_share, self.seed, self.isolation = train_share, seed, isolation
         self.train_split = "train" if train_share > 0 else None
