@@ -107,11 +107,12 @@ def sandbox_tests(
     tests += [_sandbox_test(test, False, function) for test in hidden]
     if not tests:
         raise ValueError("There are no tests.")
-    form: dict[str, Any] = {"tests": tests, "preamble": PREAMBLE}
-    return json.dumps(form if function is None else {**form, "entry_point": function})
+    entry = "" if function is None else f', "entry_point": {json.dumps(function)}'
+    return f'{{"tests": [{", ".join(tests)}], "preamble": {json.dumps(PREAMBLE)}{entry}}}'
 
 
-def _sandbox_test(test: Mapping[str, str], public: bool, function: str | None) -> dict[str, Any]:
+def _sandbox_test(test: Mapping[str, str], public: bool, function: str | None) -> str:
+    """A test as JSON."""
     if not isinstance(test.get("input"), str) or not isinstance(test.get("output"), str):
         raise ValueError(f"A test needs input and output, both texts; got {dict(test)!r:.200}.")
     kind = "stdin" if function is None else "functional"
@@ -121,14 +122,16 @@ def _sandbox_test(test: Mapping[str, str], public: bool, function: str | None) -
             f"{kind!r}; got {test['testtype']!r}."
         )
     if function is None:
-        return {"stdin": test["input"], "stdout": test["output"], "public": public}
+        return json.dumps({"stdin": test["input"], "stdout": test["output"], "public": public})
+    arguments = [line for line in test["input"].split("\n") if line.strip()]
     try:
-        arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
-        return {"args": arguments, "expected": json.loads(test["output"]), "public": public}
-    except ValueError as error:
+        for line in (*arguments, test["output"]):
+            json.loads(line, parse_int=len)  # `int`, which also writes them, refuses those of more than 4,300 digits
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"A call's arguments and its value must be lines of JSON: {error}; got {dict(test)!r:.200}."
         ) from None
+    return f'{{"args": [{", ".join(arguments)}], "expected": {test["output"]}, "public": {json.dumps(public)}}}'
 
 
 def half_of(tests: Sequence[Any], key: str) -> list[Any]:
