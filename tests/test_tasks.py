@@ -238,6 +238,36 @@ def test_files_of_two_formats_in_one_folder_are_refused(tmp_path):
         load_task("sciknoweval", domain="physics", path=tmp_path).load("train")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("", "there are none"), ("\n\n", "no data"), ('{"problem": "1?", "answer": "1"}\n{"pro', "JSON parse error")],
+)
+def test_a_file_that_can_not_be_read_is_named(tmp_path, content, reason):
+    (tmp_path / "math500.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"No rows of .*MATH-500 can be read from .*math500\.jsonl: .*{reason}"):
+        load_task("math", path=tmp_path).load("math500")
+
+
+def test_files_are_looked_for_in_the_subfolders_of_a_folder_without_any(tmp_path):
+    rows = [science(i) for i in range(20)]
+    write(tmp_path / "data" / "test.jsonl", rows)
+    (tmp_path / "README.md").write_text("not rows")
+    task = load_task("sciknoweval", domain="physics", path=tmp_path)
+    assert len(task.load("test")) == 2
+    write(tmp_path / ".cache" / "test.jsonl", rows)
+    write(tmp_path / "one.jsonl", rows[:10])
+    assert len(load_task("sciknoweval", domain="physics", path=tmp_path).load("train")) == 9, (
+        "its own files come first"
+    )
+
+
+def test_files_in_several_subfolders_are_refused(tmp_path):
+    for folder in ("v1", "v2"):
+        write(tmp_path / folder / "test.jsonl", [science(0)])
+    with pytest.raises(ValueError, match=r"must have its files in one folder; it has .*v1, .*v2"):
+        load_task("sciknoweval", domain="physics", path=tmp_path).load("train")
+
+
 def test_missing_columns_are_named(tmp_path):
     rows = [{"question": "Which?", "answerKey": "A", "type": "mcq-4-choices", "domain": "Physics"}]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -332,14 +362,37 @@ def test_an_unknown_domain_is_told_the_known_ones():
 
 
 def test_a_domain_without_questions_says_which_there_are(tmp_path):
-    task = load_task("sciknoweval", domain="biology", path=write(tmp_path / "r.jsonl", [science(i) for i in range(3)]))
-    with pytest.raises(ValueError, match=r"Of 3 rows none is of the domain Biology, level L3 .* there are Physics"):
+    rows = [science(0), science(1), science(2, domain=None)]
+    task = load_task("sciknoweval", domain="biology", path=write(tmp_path / "r.jsonl", rows))
+    with pytest.raises(ValueError, match=r"Of 3 rows none is of the domain Biology, level L3 .* are None, Physics"):
         task.load("train")
 
 
 def test_a_question_without_a_right_option_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="answerKey 'E': 'Which is number 1"):
+    with pytest.raises(ValueError, match=r"Row 1 of .*answerKey 'E': 'Which is number 1"):
         physics(tmp_path, [science(0), science(1, answerKey="E")]).load("train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"details": "L3"}, "details must be a dictionary; got 'L3'"),
+        ({"question": None}, "question must be a text that is not empty; got None"),
+        ({"choices": None}, "choices must be a dictionary; got None"),
+        ({"choices": ["one", "two"]}, r"choices must be a dictionary; got \['one', 'two'\]"),
+        ({"choices": "one"}, "choices must be a dictionary; got 'one'"),
+        (
+            {"choices": {"text": ["one", None], "label": ["A", "B"]}},
+            r"text must be a list of texts; got \['one', None\]",
+        ),
+        ({"choices": {"text": ["one"], "label": None}}, "label must be a list of texts; got None"),
+    ],
+)
+def test_a_question_of_another_form_is_refused_with_its_row_and_column(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"Row 1 of .*rows\.jsonl: (choices: )?{message}"):
+        physics(tmp_path, [science(0, domain="Biology", **dict.fromkeys(changes)), science(1, **changes)]).load(
+            "train"
+        )
 
 
 # ---- LiveCodeBench
@@ -603,6 +656,30 @@ def test_a_test_of_another_form_is_refused(tests, function, message):
         sandbox_tests(tests, [], function)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"private_test_cases": None}, "private_test_cases must be a text; got None"),
+        ({"public_test_cases": [{"input": "1", "output": "2"}]}, r"public_test_cases must be a text; got \[\{'input'"),
+        ({"starter_code": None}, "starter_code must be a text; got None"),
+        ({"question_content": None}, "question_content must be a text that is not empty; got None"),
+        ({"metadata": "null"}, "metadata must be the JSON of a dictionary; got 'null'"),
+        ({"metadata": "[]"}, r"metadata must be the JSON of a dictionary; got '\[\]'"),
+        ({"metadata": '{"func_name": 3}'}, r"metadata: func_name must be a text; got 3"),
+    ],
+)
+def test_a_contest_of_another_form_is_refused_with_its_problem_and_column(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"Problem abc400_a: {message}"):
+        contests(tmp_path, contest(**changes)).load("train")
+
+
+def test_calls_can_have_numbers_of_thousands_of_digits():
+    digits = "7" * 5000
+    tests = [{"input": f"[{digits}]\n2", "output": f"-{digits}", "testtype": "functional"}]
+    number = 7 * (10**5000 - 1) // 9
+    assert parse_tests(sandbox_tests(tests, [], "f")).tests[0] == CallTest([[number], 2], -number)
+
+
 # ---- Mathematics
 
 OPENING = (
@@ -672,6 +749,48 @@ def test_a_revision_of_an_unknown_split_is_refused():
         load_task("math", revision={"aime26": "main"})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": None}, "answer must be a number or a text; got None"),
+        ({"answer": ["1"]}, r"answer must be a number or a text; got \['1'\]"),
+        ({"answer": True}, "answer must be a number or a text; got True"),
+        ({"problem": None}, "problem must be a text that is not empty; got None"),
+        ({"problem": 3}, "problem must be a text that is not empty; got 3"),
+        ({"problem": " "}, "problem must be a text that is not empty; got ' '"),
+    ],
+)
+def test_a_problem_of_another_form_is_refused_with_its_row_and_column(tmp_path, changes, message):
+    row = {"problem": "What is 1+1?", "answer": "2", **changes}
+    write(tmp_path / "math500.jsonl", [row] if row["answer"] is not None else [{**row, "answer": "2"}, row])
+    with pytest.raises(ValueError, match=rf"Row [01] of {tmp_path}, split math500: {message}"):
+        load_task("math", path=tmp_path).load("math500")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "What is 1+1?"}, "prompt must be a list of messages; got 'What is 1"),
+        ({"prompt": []}, r"prompt must be a list of messages; got \[\]"),
+        ({"prompt": None}, "prompt must be a list of messages; got None"),
+        (
+            {"prompt": [{"role": "user", "content": None}]},
+            "prompt: content must be a text that is not empty; got None",
+        ),
+        ({"reward_model": {"style": "rule"}}, "reward_model: ground_truth must be a number or a text; got None"),
+        ({"reward_model": None}, "reward_model must be a dictionary; got None"),
+    ],
+)
+def test_a_row_of_dapo_of_another_form_is_refused_with_its_row_and_column(tmp_path, changes, message):
+    (name,) = changes
+    rows = [{**dapo("What is 2+2?", "4"), **changes}]
+    if not isinstance(changes[name], str):
+        rows.insert(0, dapo("What is 1+1?", "2"))
+    write(tmp_path / "train.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"Row [01] of {tmp_path}, split train: {message}"):
+        load_task("math", path=tmp_path).load("train")
+
+
 def test_an_empty_file_of_problems_is_told(tmp_path):
     Dataset.from_dict({"problem": [], "answer": []}).to_parquet(str(tmp_path / "aime25.parquet"))
     with pytest.raises(ValueError, match=r"No rows of math-ai/aime25 can be read from .*aime25\.parquet"):
@@ -739,6 +858,12 @@ def test_humaneval_without_a_training_share_is_all_tests():
         task.load("train")
     with pytest.raises(ValueError, match=r"train_share must be a number in \[0, 1\); got 1"):
         load_task("humaneval", train_share=1)
+
+
+@pytest.mark.parametrize("share", ["a", None, True, float("nan")])
+def test_a_share_of_another_kind_is_refused(share):
+    with pytest.raises(ValueError, match=rf"train_share must be a number in \[0, 1\); got {share!r}"):
+        load_task("humaneval", train_share=share)
 
 
 def test_humanevals_references_pass_and_a_wrong_program_is_told_what_failed():

@@ -15,7 +15,7 @@ from ..rewards import CodeReward
 from ..sandbox import CodeRunner, Limits, Sandbox
 from .base import Task
 from .packed_tests import half_of, sandbox_tests, unpack_tests
-from .sources import Source
+from .sources import Source, value_of
 
 
 FIRST, LAST = "2025-02-01", "2025-04-30"  # contests of version 6
@@ -94,8 +94,8 @@ class LiveCodeBench(Task):
         The rows of `"train"` or `"test"`: the same problems, with other tests.
 
         Raises:
-            ValueError: If there is no such split, a column is missing, no problem is left, or a problem's tests can't
-                be read.
+            ValueError: If there is no such split, a column is missing or a value of another kind, no problem is left,
+                or a problem's tests can't be read.
             FileNotFoundError: If there are no files at `path`.
         """
         self._check_split(split)
@@ -146,19 +146,27 @@ def _day(date: Any) -> str:
 
 
 def _problem(row: Mapping[str, Any], split: str) -> dict[str, Any]:
+    place = f"Problem {row['question_id']}"
+    content = value_of(row, "question_content", "a text that is not empty", place).strip()
+    starter = value_of(row, "starter_code", "a text", place).rstrip()
+    packed = [value_of(row, name, "a text", place) for name in ("public_test_cases", "private_test_cases")]
+    text = "{}" if row["metadata"] is None else value_of(row, "metadata", "a text", place) or "{}"
     try:
-        function = json.loads(row["metadata"] or "{}").get("func_name")
-        public = unpack_tests(row["public_test_cases"])
-        hidden = unpack_tests(row["private_test_cases"])
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict):
+            raise ValueError(f"metadata must be the JSON of a dictionary; got {text!r:.200}.")
+        function = metadata.get("func_name")
+        if function is not None:
+            value_of(metadata, "func_name", "a text", "metadata")
+        public, hidden = map(unpack_tests, packed)
         if split == "train":
             hidden = half_of(hidden, row["question_id"])
         tests = sandbox_tests(public if split == "train" or not hidden else [], hidden, function)
     except ValueError as error:
-        raise ValueError(f"Problem {row['question_id']}: {error}") from None
-    starter = row["starter_code"].rstrip()
+        raise ValueError(f"{place}: {error}") from None
     task = SCRIPT if function is None else f"{FUNCTION}\n\n```python\n{starter}\n```"
     return {
-        "prompt": [{"role": "user", "content": f"{row['question_content'].strip()}\n\n{task}\n\n{REQUEST}"}],
+        "prompt": [{"role": "user", "content": f"{content}\n\n{task}\n\n{REQUEST}"}],
         "tests": tests,
         "question_id": row["question_id"],
         "contest_date": _day(row["contest_date"]),

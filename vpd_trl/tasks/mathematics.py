@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +15,7 @@ from datasets import Dataset
 from ..rewards import MathReward, extract_math_answer
 from ..rewards.math_text import normal_form, words_of
 from .base import Task
-from .sources import Source
+from .sources import Source, value_of
 
 
 SOURCES = {
@@ -74,15 +75,17 @@ class Mathematics(Task):
         The rows of a split.
 
         Raises:
-            ValueError: If there is no such split, a column is missing, or there are no rows.
+            ValueError: If there is no such split, a column is missing, a value is of another kind (a reference answer
+                is a number or a text), or there are no rows.
             FileNotFoundError: If there are no files of the split at `path`.
         """
         self._check_split(split)
         source = SOURCES[split]
         rows = source.load(self.path, self.revision.get(split))
-        pairs = _dapo_pairs(rows) if split == "train" else _pairs(rows, *source.columns)
+        place = f"{self.path or source.repo}, split {split}"
+        pairs = _dapo_pairs(rows, place) if split == "train" else _pairs(rows, source.columns, place)
         if not pairs:
-            raise ValueError(f"There are no problems in the rows of {self.path or source.repo} for {split!r}.")
+            raise ValueError(f"There are no problems in the rows of {place}.")
         return Dataset.from_list([_row(problem, answer) for problem, answer in pairs])
 
     @property
@@ -135,16 +138,25 @@ def _row(problem: str, answer: Any) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": f"{problem.strip()}\n\n{REQUEST}"}], "answer": str(answer)}
 
 
-def _pairs(rows: Dataset, question: str, answer: str) -> list[tuple[str, Any]]:
-    return [(row[question], row[answer]) for row in rows]
+def _pairs(rows: Dataset, columns: tuple[str, ...], place: str) -> list[tuple[str, Any]]:
+    kinds = ("a text that is not empty", "a number or a text")
+    problems, answers = (
+        [value_of(row, column, kind, f"Row {i} of {place}") for i, row in enumerate(rows)]
+        for column, kind in zip(columns, kinds, strict=True)
+    )
+    return list(zip(problems, answers, strict=True))
 
 
-def _dapo_pairs(rows: Dataset) -> list[tuple[str, Any]]:
+def _dapo_pairs(rows: Dataset, place: str) -> list[tuple[str, Any]]:
     """Problems and answers of DAPO-Math, each once, in the order of their first appearance."""
     found: dict[str, Any] = {}
-    for batch in rows.iter(batch_size=10_000):
-        for messages, graded in zip(batch["prompt"], batch["reward_model"], strict=True):
-            text = messages[-1]["content"]
-            if text not in found:
-                found[text] = graded["ground_truth"]
+    batches = rows.iter(batch_size=10_000)
+    columns = chain.from_iterable(zip(batch["prompt"], batch["reward_model"], strict=True) for batch in batches)
+    for i, (prompt, reward_model) in enumerate(columns):
+        row, where = {"prompt": prompt, "reward_model": reward_model}, f"Row {i} of {place}"
+        message = value_of(row, "prompt", "a list of messages", where)[-1]
+        text = value_of(message, "content", "a text that is not empty", f"{where}: prompt")
+        if text not in found:
+            graded = value_of(row, "reward_model", "a dictionary", where)
+            found[text] = value_of(graded, "ground_truth", "a number or a text", f"{where}: reward_model")
     return [(_DAPO_CLOSING.sub("", _DAPO_OPENING.sub("", text, count=1)), answer) for text, answer in found.items()]

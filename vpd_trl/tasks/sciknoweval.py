@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..rewards import ChoiceReward, extract_choice
 from .base import Task
-from .sources import Source, split_rows
+from .sources import Source, split_rows, value_of
 
 
 DOMAINS = {"biology": "Biology", "chemistry": "Chemistry", "material": "Material", "physics": "Physics"}
@@ -75,8 +75,8 @@ class SciKnowEval(Task):
         The rows of `"train"` or `"test"`.
 
         Raises:
-            ValueError: If there is no such split, a column is missing, no question is left, or one has no right
-                option.
+            ValueError: If there is no such split, a column is missing or a value of another kind, no question is left,
+                or one has no right option.
             FileNotFoundError: If there are no files at `path`.
         """
         self._check_split(split)
@@ -85,17 +85,18 @@ class SciKnowEval(Task):
     @cached_property
     def _questions(self) -> Dataset:
         rows = SOURCE.load(self.path, self.revision)
-        kept = [row for row in rows if self._is_wanted(row)]
+        places = [f"Row {i} of {self.path or SOURCE.repo}" for i in range(len(rows))]
+        kept = [(row, place) for row, place in zip(rows, places, strict=True) if self._is_wanted(row, place)]
         if not kept:
-            domains = sorted(set(rows["domain"]))
+            domains = sorted({str(row["domain"]) for row in rows})
             raise ValueError(
                 f"Of {len(rows)} rows none is of the domain {DOMAINS[self.domain]}, level {LEVEL} and type "
-                f"{' or '.join(TYPES)}; the domains there are {', '.join(map(str, domains)) or 'none'}."
+                f"{' or '.join(TYPES)}; the domains there are {', '.join(domains) or 'none'}."
             )
-        return Dataset.from_list([_question(row) for row in kept])
+        return Dataset.from_list([_question(row, place) for row, place in kept])
 
-    def _is_wanted(self, row: Mapping[str, Any]) -> bool:
-        level = (row["details"] or {}).get("level")
+    def _is_wanted(self, row: Mapping[str, Any], place: str) -> bool:
+        level = None if row["details"] is None else value_of(row, "details", "a dictionary", place).get("level")
         return row["domain"] == DOMAINS[self.domain] and level == LEVEL and row["type"] in TYPES
 
     @property
@@ -116,15 +117,18 @@ class SciKnowEval(Task):
         return extract_choice(text, LETTERS, strict=self.strict)
 
 
-def _question(row: Mapping[str, Any]) -> dict[str, Any]:
-    labels, texts, answer = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
+def _question(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    question = value_of(row, "question", "a text that is not empty", place)
+    choices = value_of(row, "choices", "a dictionary", place)
+    labels, texts = (value_of(choices, name, "a list of texts", f"{place}: choices") for name in ("label", "text"))
+    answer = row["answerKey"]
     if answer not in labels or len(labels) != len(texts) or not set(labels) <= set(LETTERS):
         raise ValueError(
-            f"A question needs options with the letters {', '.join(LETTERS)}, one of them as answerKey; it has the "
-            f"labels {labels}, {len(texts)} texts and the answerKey {answer!r}: {row['question'][:200]!r}."
+            f"{place}: a question needs options with the letters {', '.join(LETTERS)}, one of them as answerKey; it "
+            f"has the labels {labels}, {len(texts)} texts and the answerKey {answer!r}: {question[:200]!r}."
         )
     options = "\n".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))
-    user = f"{row['question']}\n\n{options}\n\n{REQUEST}"
+    user = f"{question}\n\n{options}\n\n{REQUEST}"
     return {
         "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}],
         "answer": answer,

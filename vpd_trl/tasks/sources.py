@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from ..rewards.inputs import is_missing
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# What a value of a row can be asked to be
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "a text that is not empty": lambda value: isinstance(value, str) and value.strip() != "",
+    "a number or a text": lambda value: (
+        isinstance(value, (str, int, float)) and not isinstance(value, bool) and not is_missing(value)
+    ),
+    "a dictionary": lambda value: isinstance(value, Mapping),
+    "a list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+    "a list of messages": lambda value: (
+        isinstance(value, list) and value != [] and all(isinstance(item, Mapping) for item in value)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +58,13 @@ class Source:
         The rows, with `columns` alone.
 
         Args:
-            path: A file, or a folder of files, that is read instead of the Hub's data set.
+            path: A file, or a folder that has files or one subfolder with files, instead of the Hub's data set.
             revision: A branch, tag or commit of the Hub's data set; `None`: the newest.
 
         Raises:
             FileNotFoundError: If there are no such files.
-            ValueError: If there are no rows, columns are missing, or both `path` and `revision` are given.
+            ValueError: If there are no rows, they can't be read, columns are missing, or both `path` and `revision`
+                are given.
         """
         if path is not None and revision is not None:
             raise ValueError(f"revision ({revision!r}) is of the Hub's data set, so it can't go with path ({path}).")
@@ -55,8 +73,9 @@ class Source:
             form, names = FORMATS[files[0].suffix], [str(file) for file in files]
             try:
                 rows = load_dataset(form, data_files=names, split="train")
-            except ValueError as error:  # of files without a single row
-                raise ValueError(f"No rows of {self.repo} can be read from {', '.join(names)}: {error}") from error
+            except (ValueError, StopIteration, DatasetGenerationError) as error:  # of empty and of broken files
+                reason = str(error.__cause__ or error) or "there are none"
+                raise ValueError(f"No rows of {self.repo} can be read from {', '.join(names)}: {reason}") from error
             return self._checked(rows, str(path))
         if self.file is not None:
             place = f"hf://datasets/{self.repo}{'' if revision is None else '@' + revision}/{self.file}"
@@ -70,8 +89,12 @@ class Source:
         if self.name is not None and path.is_dir():
             places = [path / f"{self.name}{suffix}" for suffix in FORMATS] + [path / self.name]
         for place in places:
-            found = sorted(place.iterdir()) if place.is_dir() else [place]
-            files = [file for file in found if file.is_file() and file.suffix in FORMATS]
+            files = _files(place.iterdir() if place.is_dir() else [place])
+            if not files and place.is_dir():  # as in a snapshot, which may have them in data/
+                files = _files(place.glob("[!.]*/**/*"))
+                folders = sorted({str(file.parent) for file in files})
+                if len(folders) > 1:
+                    raise ValueError(f"{place} must have its files in one folder; it has {', '.join(folders)}.")
             if files:
                 if len({FORMATS[file.suffix] for file in files}) > 1:
                     raise ValueError(
@@ -88,6 +111,29 @@ class Source:
     def _checked(self, rows: Dataset, place: str) -> Dataset:
         check_columns(rows, self.columns, place)
         return rows.select_columns(list(self.columns))
+
+
+def _files(found: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in found if file.is_file() and file.suffix in FORMATS)
+
+
+def value_of(row: Mapping[str, Any], column: str, kind: str, place: str) -> Any:
+    """
+    The value of a row's column, which must be of a kind.
+
+    Args:
+        row: The row, or a dictionary in it.
+        column: The column, or the dictionary's key.
+        kind: One of `KINDS`.
+        place: Which row it is, for the error.
+
+    Raises:
+        ValueError: If it is of another kind.
+    """
+    value = row.get(column)
+    if not KINDS[kind](value):
+        raise ValueError(f"{place}: {column} must be {kind}; got {value!r:.200}.")
+    return value
 
 
 def check_columns(rows: Dataset, columns: Sequence[str], place: str) -> None:
