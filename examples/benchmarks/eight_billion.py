@@ -66,13 +66,17 @@ def arithmetic() -> dict[str, Any]:
 def tables(found: dict[str, Any]) -> str:
     gib = 2**30
     lines = [
-        "| engine | teacher | lasting | rollouts | E-step | M-step | at most | on 80 GiB |",
+        "| engine | teacher | lasting | rollouts | targets | E-step | M-step | at most | on 80 GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for engine, teachers in found["engines"].items():
         for teacher, entry in teachers.items():
             lasting, phases = sum(entry["memory"].values()), entry["phases"]
-            numbers = [lasting, *(phases[name] for name in ("rollouts (vLLM)", "E-step", "M-step")), entry["peak"]]
+            numbers = [
+                lasting,
+                *(phases[name] for name in ("rollouts (vLLM)", "teacher's targets", "E-step", "M-step")),
+                entry["peak"],
+            ]
             cells = " | ".join(f"{number / gib:.0f}" for number in numbers)
             lines.append(f"| {engine} | `{teacher}` | {cells} | {'fits' if entry['fits'] else 'too large'} |")
     lines += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -17,7 +18,7 @@ from trl.trainer.utils import get_quantization_config
 
 from ..config import VPDConfig
 from ..estimate import DEVICES, ENGINES, Estimate, Plan, estimate
-from ..estimate.plan import gib
+from ..estimate.memory import GIB
 from .arguments import TaskArguments
 from .errors import UsageError, usage_errors
 from .parsing import RecipeParser, parse_with
@@ -62,7 +63,9 @@ class EstimateArguments:
                 f"gpu must be one of {', '.join(DEVICES)}; got {self.gpu!r}. For another one, give gpu_memory, "
                 "gpu_tflops and gpu_bandwidth."
             )
-        for name in ("gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth"):
+        if self.gpus < 1:
+            raise ValueError(f"gpus must be at least 1; got {self.gpus}.")
+        for name in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0; got {value}.")
@@ -91,20 +94,22 @@ def make_plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
     name = args.model or model_args.model_name_or_path
     if name is None:
         raise UsageError("model is missing: give --model, or a recipe with model_name_or_path.")
+    model = AutoConfig.from_pretrained(name, revision=model_args.model_revision).get_text_config()
     quantization = get_quantization_config(model_args)
-    attention = str(model_args.attn_implementation or "")
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    options |= config.model_init_kwargs or {}
     given = {"memory": args.gpu_memory, "tflops": args.gpu_tflops, "bandwidth": args.gpu_bandwidth}
     plan = Plan(
-        model=_model_config(name, model_args),
+        model=model,
         config=config,
         gpus=args.gpus,
         device=replace(DEVICES[args.gpu], **{key: value for key, value in given.items() if value is not None}),
         engine=args.engine,
-        dtype=_dtype(model_args.dtype),
+        dtype=_dtype(options["dtype"], model),
+        attention=options["attn_implementation"] or "sdpa",
         adapter=get_peft_config(model_args),
         teacher_adapter=teacher_peft_config(task_args, config),
         quantized=None if quantization is None else 4 if quantization.load_in_4bit else 8,
-        flash="flash" in attention,
         prompt=args.prompt_tokens,
         feedback=args.feedback_tokens,
         completion=args.completion_tokens,
@@ -115,43 +120,41 @@ def make_plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[EstimateArguments, TaskArguments, VPDConfig, ModelConfig]:
-    gpus = _gpus(arguments)
+    machines: list[EstimateArguments] = []
+
+    class Machine(EstimateArguments):
+        """Read first: batch sizes depend on the number of GPUs."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            machines.append(self)
 
     class Planned(VPDConfig):
         """The configuration as it will be on that many processes."""
 
         @property
         def world_size(self) -> int:
-            return gpus
+            return machines[-1].gpus
 
     usage = "vpd-trl estimate --model MODEL --gpus N [--config recipe.yaml] [--FIELD VALUE ...]"
-    parser = RecipeParser(
-        EstimateArguments, config=Planned, prog="vpd-trl estimate", usage=usage, description=DESCRIPTION
-    )
+    parser = RecipeParser(Machine, config=Planned, prog="vpd-trl estimate", usage=usage, description=DESCRIPTION)
     # A machine without the GPU that the run is for may estimate it
     parser.set_defaults(output_dir=os.path.join(tempfile.gettempdir(), "vpd-trl-estimate"), use_cpu=True)
+    for name in ("deepspeed", "fsdp"):
+        if any(argument.split("=")[0] == f"--{name}" for argument in arguments):
+            raise UsageError(f"say by --engine ({', '.join(ENGINES)}) what --{name} would set up.")
     args, task_args, config, model_args = parse_with(parser, arguments)
     return args, task_args, config, model_args
 
 
-def _gpus(arguments: Sequence[str]) -> int:
-    """The number of GPUs, which batch sizes depend on, before everything else is read."""
-    split = [part for argument in arguments for part in argument.split("=", 1)]
-    if "--gpus" not in split[:-1]:
-        return 1
-    text = split[split.index("--gpus") + 1]
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"gpus must be an integer of at least 1; got {text!r}.")
-    return int(text)
-
-
-def _model_config(name: str, model_args: ModelConfig) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(name, revision=model_args.model_revision).get_text_config()
-
-
-def _dtype(name: str | None) -> torch.dtype:
-    dtype = getattr(torch, name or "float32", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+def _dtype(name: Any, model: PretrainedConfig) -> torch.dtype:
+    """The weights' precision as TRL loads them."""
+    if name == "auto":
+        name = getattr(model, "dtype", None)
+    dtype = getattr(torch, name or "float32", None) if isinstance(name, str) or name is None else name
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"dtype must be auto, float32, bfloat16 or float16; got {name!r}.")
+    return dtype
 
 
 def table(plan: Plan, found: Estimate) -> str:
@@ -187,6 +190,12 @@ def table(plan: Plan, found: Estimate) -> str:
     lines.append(f"  {'together':<44} {training / 1e15:>8.2f} PFLOP {generation + sum(seconds.values()):>9.1f} s")
     lines.append(f"  ({plan.efficiency:.0%} of {plan.device.tflops:g} TFLOP/s; feedback and rewards not counted)")
     return "\n".join(lines)
+
+
+def gib(value: float) -> str:
+    """Bytes as text."""
+    amount = value / GIB
+    return f"{amount:.1f} GiB" if amount >= 1 else f"{math.ceil(amount * 1024)} MiB"
 
 
 def _rows(values: dict[str, float], form: Any) -> list[str]:

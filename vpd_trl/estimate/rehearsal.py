@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from ..losses import bco_loss, fused_divergence, topk_divergence
+from ..losses import Head, bco_loss, fused_divergence, topk_divergence
 from ..network import causal_lm, head_of, hidden_states
 
 
@@ -88,6 +88,8 @@ class Rehearsal:
         autocast: The half precision that it computes in, if that is not the weights'.
         checkpointing: Whether activations are computed again in the backward pass.
         adapter: A PEFT configuration; then the weights below are frozen.
+        attention: transformers' `attn_implementation`.
+        float32_head: Whether the head is applied in float32 (`cast_lm_head_to_fp32`).
         padding_mask: Whether attention takes a mask (B, 1, L, L), as it does with batches of unlike length.
     """
 
@@ -99,13 +101,16 @@ class Rehearsal:
         autocast: torch.dtype | None = None,
         checkpointing: bool = False,
         adapter: Any = None,
+        attention: str = "sdpa",
+        float32_head: bool = False,
         padding_mask: bool = True,
     ) -> None:
         self._fake = FakeTensorMode()
         self._autocast = autocast
+        self._float32_head = float32_head
         self._padding_mask = padding_mask
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
             if adapter is not None:
                 from peft import get_peft_model
 
@@ -146,37 +151,57 @@ class Rehearsal:
 
         return self._counted(step)
 
-    def m_step(self, rows: int, prompt: int, completion: int, *, alpha: float, top_k: int | None) -> Cost:
+    def held(self, rows: int, prompt: int, completion: int) -> int:
+        """Bytes that log-probabilities with gradient keep until the backward pass."""
+        meter = self._meter()
+        with self._fake, meter:
+            logps = self._token_logps(rows, prompt, completion)
+            held = meter.now
+        del logps
+        return held
+
+    def m_step(
+        self,
+        rows: int,
+        prompt: int,
+        completion: int,
+        *,
+        alpha: float,
+        top_k: int | None,
+        policy_gradient: bool = False,
+    ) -> Cost:
         """
         Forward pass of the student, divergence to a teacher whose hidden states are there, and backward pass.
 
-        As in the M-step, the student's log-probabilities are read too.
+        As in the M-step, the student's log-probabilities are read too. With `policy_gradient`, GRPO's loss is there
+        before, and both have one backward pass.
         """
 
         def step() -> None:
+            loss = self._token_logps(rows, prompt, completion).sum() if policy_gradient else 0.0
             hidden = self._hidden(rows, prompt, completion)
             target = torch.zeros_like(hidden)
-            with self._precision():
-                head = head_of(self.model, temperature=1.0)
+            with self._head_precision():
+                head = self._head()
                 if top_k is None:
                     per_token = fused_divergence(hidden, target, head, head, alpha=alpha)
                 else:
                     per_token = topk_divergence(hidden, target, head, head, alpha=alpha, k=top_k)
                 with torch.no_grad():
                     head.token_logps(hidden, torch.zeros(len(hidden), dtype=torch.long))
-            per_token.divergence.sum().backward()
+            (loss + per_token.divergence.sum()).backward()
 
         return self._counted(step)
 
-    def cache_bytes(self, tokens: int = 64) -> int:
-        """Bytes of the cache of one token in generation."""
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the cache of a row of that many tokens in generation."""
         with self._fake, torch.no_grad(), self._precision():
             ids = torch.zeros(1, tokens, dtype=torch.long)
             output = causal_lm(self.model).eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
             cache = output["cache" if "cache" in output else "past_key_values"]
             self.model.train()
             held = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-        return sum(t.numel() * t.element_size() for t in held) // tokens
+        return sum(t.numel() * t.element_size() for t in held if t.dim() > 1)  # counters are not the cache
 
     def largest_block(self) -> int:
         """Parameters of the largest of the layers that gradient checkpointing, and sharding, take one at a time."""
@@ -189,10 +214,13 @@ class Rehearsal:
     # ---- Parts
 
     def _counted(self, step: Callable[[], Any]) -> Cost:
-        meter = Meter([*self.model.parameters(), *self.model.buffers()])
+        meter = self._meter()
         with self._fake, meter:
             step()
         return Cost(meter.flops, meter.peak)
+
+    def _meter(self) -> Meter:
+        return Meter([*self.model.parameters(), *self.model.buffers()])
 
     def _hidden(self, rows: int, prompt: int, completion: int) -> torch.Tensor:
         """Hidden states (rows × completion, H) that predict the completion tokens."""
@@ -201,13 +229,20 @@ class Rehearsal:
         mask: Any = torch.ones(rows, 1, length, length, dtype=torch.bool) if self._padding_mask else None
         with self._precision():
             hidden = hidden_states(self.model, ids, mask)
-        return hidden[:, prompt - 1 :].reshape(rows * completion, -1)
+        hidden = hidden[:, prompt - 1 :].reshape(rows * completion, -1)
+        return hidden.float() if self._float32_head else hidden
 
     def _token_logps(self, rows: int, prompt: int, completion: int) -> torch.Tensor:
         hidden = self._hidden(rows, prompt, completion)
-        with self._precision():
+        with self._head_precision():
             tokens = torch.zeros(rows * completion, dtype=torch.long)
-            return head_of(self.model, temperature=1.0).token_logps(hidden, tokens)
+            return self._head().token_logps(hidden, tokens)
+
+    def _head(self) -> Head:
+        return head_of(self.model, temperature=1.0, float32=self._float32_head)
+
+    def _head_precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._float32_head else self._precision()
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast("cpu", dtype=self._autocast)

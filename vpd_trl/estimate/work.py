@@ -1,0 +1,65 @@
+"""Operations and seconds of a rollout batch."""
+
+from __future__ import annotations
+
+from ..network import has_dropout
+from .memory import parameters
+from .plan import Plan
+from .rehearsal import Rehearsal
+
+
+def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, float]:
+    """
+    Operations of all GPUs for one rollout batch, by what they are for; an E-step's are its share in one batch.
+
+    Args:
+        plan: The run.
+        student: The network that the M-step trains.
+        teacher: The network that the E-step trains.
+    """
+    config, parts = plan.config, plan.config.parts
+    prompt, told, mean = plan.prompt, plan.told, plan.mean
+    rollouts = plan.rows * plan.gpus
+    with_feedback = rollouts * plan.coverage
+    scores = student.scores(1, prompt, mean).flops
+    target = teacher.scores(1, told, mean).flops if parts.uses_feedback else 0
+    found: dict[str, float] = {}
+    if plan.trl_scores:
+        found["TRL's log-probabilities"] = rollouts * scores
+    if config.beta != 0:
+        found["reference model"] = rollouts * scores
+    if parts.shapes_advantages:
+        found["credit of tokens"] = with_feedback * (target + (0 if plan.trl_scores else scores))
+    if plan.policy_gradient:
+        step = student.policy_gradient(1, prompt, mean)
+        found["policy gradient"] = rollouts * config.num_iterations * step.flops
+    if plan.distills:
+        step = student.m_step(1, prompt, mean, alpha=config.divergence_alpha, top_k=config.distillation_top_k)
+        found["M-step: student"] = with_feedback * config.num_iterations * step.flops
+        found["M-step: teacher"] = with_feedback * config.num_iterations * target
+        if config.m_step_importance_clip is not None and not plan.trl_scores:
+            found["M-step: importance ratios"] = rollouts * scores
+    if parts.refines_teacher:
+        share = with_feedback / config.e_step_frequency
+        found["E-step: teacher"] = share * config.e_step_epochs * teacher.e_step(1, told, mean).flops
+        found["E-step: first reward shift"] = share * target
+        if not (plan.trl_scores and config.prior == "dynamic" and not has_dropout(student.model)):
+            found["E-step: prior"] = share * scores
+    return found
+
+
+def seconds(plan: Plan, student: Rehearsal, flops: dict[str, float]) -> dict[str, float]:
+    """
+    Seconds of a rollout batch.
+
+    Generation takes all rollouts of a GPU at one time: for each token it reads the weights and the cache once, or
+    computes for longer. Training takes its operations at `efficiency` × peak, in float32 at half of it.
+    """
+    config, device = plan.config, plan.device
+    rate = device.tflops * 1e12 * plan.efficiency
+    number = parameters(student)
+    weights = number * plan.computed.itemsize / (config.vllm_tensor_parallel_size if config.use_vllm else 1)
+    cache = plan.rows * student.cache_bytes(plan.prompt + plan.mean // 2)
+    token = max((weights + cache) / (device.bandwidth * 1e9), 2 * number * plan.rows / rate)
+    training = plan.gpus * (rate if plan.computed.itemsize == 2 else rate / 2)
+    return {"rollouts, at least": plan.mean * token} | {name: value / training for name, value in flops.items()}
