@@ -350,12 +350,20 @@ CASES = [
     ("None of A, B, C, or D is right.", None),
     ("None of the options A, B, C, or D is correct.", None),
     ("Not all of A, B, and C is correct.", None),
+    ("Either A, or B is right.", None),
+    ("A, B, and D are wrong, so the answer is C.", "C"),
+    ("The answer is B (or C).", None),
+    ("The answer is B, possibly also C.", None),
+    ("The answer is B as well as C.", None),
     # Next to best, or worse
     ("The least likely answer is B.", None),
     ("The worst choice is A.", None),
     ("The second best answer is C.", None),
     ("The next best option is C.", None),
     ("The distractor answer is B.", None),
+    ("The second-best option is (B).", None),
+    ("The worst choice is A, and the best choice is B.", "B"),
+    ("According to the second law the answer is B.", "B"),
     # Taken back in a sentence of its own
     ("The answer is B. This is incorrect.", None),
     ("The answer is B. Sorry, that is wrong.", None),
@@ -363,30 +371,52 @@ CASES = [
     ("The answer is A. The answer isn't A.", None),
     ("The answer is A. It isn't A.", None),
     ("The answer is B. No wait. That's wrong. D.", "D"),
+    ("The answer is B. No, it isn't.", None),
+    ("The answer is B. Scratch that.", None),
+    ("The answer is B. Scratch that, C.", "C"),
+    ("The answer is B. Sorry, I meant C.", "C"),
+    ("<answer>B</answer> Wait, that's wrong.", None),
+    ("The answer is B. Not B.", None),
+    ("The answer is B. It is not A.", "B"),
+    ("The answer is B. Could it be A? No, that's wrong.", "B"),
+    ("The answer is B. A would need more heat. That is wrong.", "B"),
+    ("The answer is B. It is wrong to say that iron floats.", "B"),
+    ("That is wrong. Choose B.", "B"),
     # Denied
     ("I disagree that the answer is B.", None),
     ("I reject the claim that the answer is B.", None),
     ("You said the answer is B. I disagree.", None),
     ("The obvious answer is B, which turns out to be wrong.", None),
+    ("There's no reason to think the answer is B.", None),
+    ("It is false that the answer is B.", None),
+    ("We reject the null hypothesis, so the answer is B.", "B"),
     # On a condition, or in another world
     ("I'd pick A if forced, but the evidence supports C.", None),
     ("Had the question asked for the smallest, the answer would be A.", None),
+    ("The answer is A if n is even and B if n is odd.", None),
+    ("The answer is B if friction is ignored.", "B"),
+    ("A would be correct if it were a gas.", None),
+    ("If I had to choose, the answer would be B.", "B"),
     # Said of something else, or with another one in the same breath
     ("The answer is B or, more precisely, C.", "C"),
     ("The answer is A (mod n).", None),
     ("We select A from the set.", None),
     ("<answer>A. B. C.</answer>", None),
+    ("<answer>A. copper B. iron</answer>", None),
     ("B is the answer to a different question.", None),
     # Said in few words, or of one's changed mind
     ("Correct: C", "C"),
     ("Letter: C", "C"),
     ("Solution: B", "B"),
+    ("Solution: A. Compute x.", None),
+    ("Correct: C. Incorrect: A, B, D.", "C"),
     ("Answer key: A", "A"),
     ("D is the better option.", "D"),
     ("C is not the correct answer; B is.", "B"),
     ("Only statement C holds.", "C"),
     ("Option C: incorrect. Option D: correct.", "D"),
     ("I'm changing my answer from A to C.", "C"),
+    ("I'm not changing my answer to C.", None),
     ("<answer>The answer is C</answer>", "C"),
     # Thinking is not read
     ("<think>The answer is A.</think>The answer is B.", "B"),
@@ -432,6 +462,7 @@ def test_strict_reading_takes_the_last_answer_tag_alone():
 def test_long_and_odd_texts_are_read_in_time():
     texts = ("The answer is " * 8000, "A or B, " * 12_000, "answer " * 15_000, "<answer>" * 12_000, "( " * 50_000)
     texts += ("\\text{" * 20_000, "\\boxed{" * 15_000, "\n" * 100_000, "it is A. " * 11_000, "**A" * 30_000)
+    texts += ("no, wait, " * 10_000, "it would be A if it " * 5000, "not B. " * 14_000, "A, perhaps " * 9000)
     start = time.process_time()
     for text in texts:
         extract_choice(text)

@@ -55,8 +55,8 @@ _ENDED = re.compile(rf"{_STOP}|\s+{_GOES_ON}\b(?!-)")
 _ENDED_ARTICLE = re.compile(rf"{_STOP}|\s+(?:{_BECAUSE}|and|or|nor|for|by|from|with|in|at|here|instead)\b(?!-)")
 _VERB = re.compile(r"\s+(?:is|are|was|were|can|cannot|can't|has|have|does|do|would|isn't|aren't|don't|doesn't)\b")
 _SUBJECT_AFTER = re.compile(
-    r"(?:^|[.,;:!?()\n\"]|\b(?:so|therefore|thus|hence|that|then|and|or|nor|but|only|only statement|because|since|clearly|"
-    r"both|neither|either|think|believe|means|conclude|say|wait|actually|no|if|is|makes?|making|while|although))\s*$",
+    r"(?:^|[.,;:!?()\n\"]|<answer>|\b(?:so|therefore|thus|hence|that|then|and|or|nor|but|only|only statement|because|"
+    r"since|clearly|both|neither|either|think|believe|means|conclude|say|wait|actually|no|if|is|makes?|making|while|although))\s*$",
     re.IGNORECASE,
 )
 
@@ -66,22 +66,24 @@ _CLAUSE_END = re.compile(
     r"[.,;:!?()\n—–]|\b(?:but|so|because|and|however|thus|hence|therefore|then|while|although)\b", re.IGNORECASE
 )
 _NEGATED = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|hardly|unlikely|no way|impossible|wrong|incorrect|disagree|deny|"
-    r"dispute|reject\w* (?:the|that|this|any))\b|n't\b|(?<!no )\bdoubt\b",
+    r"\b(?:not|never|neither|nor|cannot|hardly|unlikely|no (?:way|evidence|reason)|impossible|wrong|"
+    r"incorrect|false that|disagree|deny|dispute|refuse|fail|nobody|no one|reject\w* (?:the|that|this|any))\b|n't\b|(?<!no )\bdoubt\b",
     re.IGNORECASE,
 )
 _LEFT_OPEN = re.compile(
     r"\b(?:if|whether|suppos\w+|assum\w+|unless|imagine|could|might|may|maybe|perhaps|possibly|some|many|others?|"
     r"people|students?|someone|they|common|mistake\w*|tempt\w+|trap|misconception|wrongly|incorrectly|first thought|"
-    r"(?:you|he|she|student|teacher|friend|author|nobody) (?:says?|said|thinks?|thought|claims?|claimed))\b"
+    r"(?:you|he|she|user|student|teacher|friend|author) (?:says?|said|thinks?|thought|claims?|claimed))\b"
     # "The second best answer"
-    r"|\b(?:least|worst|poorest|weakest|second|third|next|distractor|decoy|eliminated|rejected|excluded)"
-    r"(?:[ -](?!the\b|my\b)\w+){0,2} ?$",
+    r"|\b(?:least|worst|poorest|weakest|bad|second|third|next|runner-up|alternative|opposite|distractor|decoy|eliminated|"
+    r"rejected|excluded)(?:[ -](?!the\b|my\b)\w+){0,2}[ -]?$",
     re.IGNORECASE,
 )
-_UNREAL = re.compile(
-    r"(?:^|[.!?;\n] ?)(?:(?:had|were) |if (?!I |you )[^.!?\n]*\b(?:were|had|was)\b)[^.!?\n]*$", re.IGNORECASE
-)
+# "Had it been larger, the answer would be B", but "if I had to choose, I'd say B"
+_WOULD = re.compile(r"\bwould\b|'d\b", re.IGNORECASE)
+_UNREAL_IF = r"if (?!I |you )[^.!?\n]{0,200}\b(?:were|had|was|asked)\b"
+_UNREAL_BEFORE = re.compile(rf"(?:^|[.!?;\n] ?)(?:(?:had|were) (?!I )|{_UNREAL_IF})[^.!?\n]*$", re.IGNORECASE)
+_UNREAL_AFTER = re.compile(rf",? (?:only )?{_UNREAL_IF}", re.IGNORECASE)
 _THEN_DENIED = re.compile(
     r",? (?:but|which|though|although) (?:(?:that|this|it) )?(?:is|'s|was|would be|(?:turns|turned) out(?: to be)?|"
     r"(?:proves|proved)(?: to be)?) (?:not|wrong|incorrect|false)\b|,? but (?:that's|it's) (?:not|wrong|incorrect|false)\b"
@@ -90,15 +92,17 @@ _TAKEN_BACK = (
     r"(?:(?:this|that|it|(?:my|the|this|that) (?:answer|choice|option))(?: is|'s| was)(?: (?!not\b)\w+)? "
     r"(?:wrong|incorrect|a mistake|not (?:it|correct|right))"
     r"|(?:this|that|it) (?:isn't|wasn't|can't be|cannot be) (?:it|correct|right)"
-    r"|I(?:'m| am| was) (?:wrong|mistaken)|I disagree|I made (?:a mistake|an error)|I take (?:that|it) back)"
+    r"|(?:this|that|it) (?:doesn't|does not) (?:work|fit|hold|make sense)"
+    r"|I(?:'m| am| was) (?:wrong|mistaken)|I disagree|I made (?:a mistake|an error)|I take (?:that|it) back"
+    r"|(?:scratch|forget|strike) that|never ?mind|just kidding|(?:no|wait),? (?:no|it isn't|it's not|it is not)(?! \w))"
     rf"(?=\s*(?:$|[.,;:!)\n]|(?:{_BECAUSE})\b))"
 )
 _SELF_CORRECTION = r"(?:(?:no|wait|sorry|oops|hmm|hold on)\b[,.:;!…]* ?)"
 _THEN_TAKEN_BACK = re.compile(
-    rf"(?:[^.!?\n]|\.(?=\d)){{0,200}}[.!\n] ?(?:{_SELF_CORRECTION}|(?:but|however|actually),? )*{_TAKEN_BACK}",
+    rf"(?:(?:[^.!?\n]|\.(?=\d)){{0,200}}[.!\n] ?| ?)(?:{_SELF_CORRECTION}|(?:but|however|actually),? )*{_TAKEN_BACK}",
     re.IGNORECASE,
 )
-_ALL_TAKEN_BACK = re.compile(rf"(?:^|[.!\n] ?){_SELF_CORRECTION}+{_TAKEN_BACK}", re.IGNORECASE)
+_ALL_TAKEN_BACK = re.compile(rf"(?:^|[.!\n] ?|</answer> ){_SELF_CORRECTION}+{_TAKEN_BACK}", re.IGNORECASE)
 _ON_CONDITION = re.compile(r",? (?:only )?(?:if|unless|provided)\b")
 _CALLED_WRONG = re.compile(
     r"[.:)\]]?[ –—-]*(?:this |the )?(?:it's |(?:(?:it|answer|option|choice) )?is )?(?:not|no|incorrect|wrong|false)\b"
@@ -106,6 +110,7 @@ _CALLED_WRONG = re.compile(
     r"|[.:)][^.!?\n]*[.!?:] ?this (?:answer|option|choice) is (?:incorrect|wrong)",
     re.IGNORECASE,
 )
+_REASONED = re.compile(r"\b(?:wrong|incorrect|because|since|not)\b|n't\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?\n]")
 _CORRECTS = re.compile(
     r"\b(?:wait|actually|correction|sorry|on second thought|rather|instead)\b|\bno[,.!:]", re.IGNORECASE
@@ -145,7 +150,7 @@ COMMITS = (
     r"\b(?:answer|ans|choice|option|selection|pick|guess|response)\"?(?: to (?:the|this) question)?"
     r"(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
     r"(?:^|\n)(?:(?:my|the|final|correct) )*answer\n{M}",
-    r"(?:^|\n)(?:(?:the|correct|answer) )*(?:correct|letter|answer key): {M}",
+    r"(?:^|\n)(?:(?:the|correct|final|answer|option) )*(?:correct|letter|answer key): {M}",
     r"(?:^|\n)solution: {M}(?=\.?(?:\n|$))",
     r"\b(?:answer|option|choice), {M}(?=,)",
     r"\bans\. {M}",
@@ -155,13 +160,15 @@ COMMITS = (
     r"\(?{N}",
     rf"{{S}}{_COPULA}{_SURELY} (?:the |my |our )?(?:{_GOOD} )*(?:answer|choice|option|one|response|pick)\b"
     r"(?! (?:to|for|of|in) (?:an?|another|the (?:other|previous|next|wrong))\b)",
-    r"\b(?:answer|option|choice|correct|right|best)[,;.]? (?:but )?{S} is(?= ?(?:[.!;\n]|$))",
+    r"(?:\b(?:answer|option|choice|correct|right|best)|(?:n't|\bnot) \(?[A-Z]\)?)[,;.]? (?:but )?{S} is"
+    r"(?= ?(?:[.!;\n]|$))",
     r"\b(?:I|we)(?:'d|'ll|'m| am| would| will| should| must| can)?"
     r"(?: (?:therefore|thus|probably|rather|still|now|then|definitely|have to|going to))*"
     rf" {_CHOOSING}(?: (?:that|it's|it is|it must be|it has to be))*:? {{M}}{_NO_ROLE}",
     rf"(?:^|[.,;:\n] ?|\bso )(?:choose|select|pick|go(?:ing)? with|choosing) {{M}}{_NO_ROLE}",
     r"\b(?:so|then),? {S} it is\b",
-    r"\b(?:wait|actually|correction|sorry|no|I mean|I meant)[,:;] {M}",
+    r"\b(?:wait|actually|correction|sorry|no|I mean|I meant|scratch that|make that)[,:;] {M}",
+    r"\b(?:wait|actually|sorry|oops|no)[,.:;!] I mean(?:t)? {M}",
     r"\bor,? (?:rather|better|more \w+),? {M}",
     r"\b(?:chang|switch|revis|correct)\w* (?:my|the) (?:\w+ )?(?:answer|choice|pick|guess|selection) "
     r"(?:from (?:option )?\(?[A-Z]\)? )?to {M}",
@@ -281,7 +288,8 @@ class _Reader:
         self.delimited = re.compile(rf"(?<![\w']){no_end}[(\[]?([{choices}])([)\].:]| ?[-–—])(?=\s|$)")
         self.option_line = re.compile(rf"^(?:[Oo]ption )?[(\[]?([{choices}])[)\].:]+(?=\s|$)", re.MULTILINE)
         self.further = re.compile(
-            r"(?P<separator>,? ?(?:and\b|or\b|nor\b|[&/和与或、]) ?|, ?)(?:maybe |perhaps |possibly |also |even )?"
+            r"(?P<separator>,? ?(?:and/or\b|and\b|\(?or\b|nor\b|as well as\b|[&/和与或、]) ?|, ?)"
+            r"(?:(?:maybe|perhaps|possibly|alternatively|also|even),? )*"
             rf"(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
         )
         self.joined_before = re.compile(rf"(?<!\w){letters}[)\]]?,? ?(?:and|or|nor|[&/和与或、]) ?(?:option )?[(\[]?$")
@@ -311,7 +319,10 @@ class _Reader:
             content = tag[1].strip()
             mention = self.mention.match(content)
             letters = re.sub(r"[\W_]+", "", content)
-            if self.run.fullmatch(letters) or (mention and self._several(content, mention)):
+            listed = mention and (
+                self._several(content, mention) or self._is_list_of_options(content, mention, bare=True)
+            )
+            if listed or self.run.fullmatch(letters) or _THEN_TAKEN_BACK.match(text, tag.end()):
                 yield Event(tag.start(), "open", "")
             elif mention and self._stands_alone(content, mention):
                 yield Event(tag.start(), "commit", mention["letter"].upper())
@@ -339,16 +350,17 @@ class _Reader:
             return None
         if _is_asked(text, match) or (kind == "commit" and not subject and self._is_list_of_options(text, match)):
             return None
-        clause = _CLAUSE_END.split(text[max(0, place - 200) : place])[-1]
-        if _LEFT_OPEN.search(clause) or (
-            " would be" in match[0] and _UNREAL.search(text[max(0, place - 200) : place])
-        ):
+        before = text[max(0, place - 200) : place]
+        clause = _CLAUSE_END.split(before)[-1]
+        if _LEFT_OPEN.search(clause):
+            return None
+        if _WOULD.search(match[0]) and (_UNREAL_BEFORE.search(before) or _UNREAL_AFTER.match(text, end)):
             return None
         if _NEGATED.search(clause):
             return None if kind == "back" else Event(place, "back", letter)
         if kind == "back":
             return Event(place, kind, letter)
-        if self._several(text, match) or (subject and self.joined_before.search(text[max(0, place - 20) : place])):
+        if self._several(text, match) or (subject and self.joined_before.search(before[-20:])):
             return Event(place, "open", "") if kind == "commit" else None
         if _THEN_TAKEN_BACK.match(text, end) or (kind == "commit" and self._on_condition(text, match)):
             return Event(place, "open", "") if kind == "commit" else None
@@ -426,9 +438,7 @@ class _Reader:
             return False
         if "\n" in text[given.end() : further.start()] and text[further.start() - 1] != "\n":
             return False
-        return bare or not re.search(
-            r"\b(?:wrong|incorrect|because|since|not)\b", text[given.end() : further.end() + 100]
-        )
+        return bare or not _REASONED.search(text, given.end(), further.end() + 100)
 
     def _may_be_no_choice(self, text: str, match: re.Match[str]) -> bool:
         """Whether what looks like a choice and its text is "A:" for "Answer:", or the first of steps that follow."""
