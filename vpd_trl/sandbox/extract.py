@@ -42,7 +42,15 @@ _STATEMENT = re.compile(
     r"from\s+[\w.]+\s+import\b|@\w[\w.]*(?:\(.*)?$|(?:for|while|if|with|try)\b.*:\s*(?:#.*)?$|[\w.]+\s*\(.*\)\s*(?:#.*)?$|"
     r"[\w.\[\], ]+\s*[-+*/|&^%]?=(?!=)\s*\S)"
 )
-_READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0\b|\bfileinput\b")
+_COMMENT = re.compile(r"(?:^|(?<=\s))#.*", re.MULTILINE)
+_READS_INPUT = re.compile(
+    r"\binput\s*\(|\bsys\.stdin\b(?!\s*=)|\bstdin\.\w|\bimport\b.*\bstdin\b|/dev/stdin\b|\b(?:open|os\.read)\s*\(\s*0\b|"
+    r"\bfileinput\b"
+)
+_FEEDS_INPUT = re.compile(
+    r"\bstdin\s*=.*\bStringIO\s*\((?!.*\b(?:stdin|read|open)\b)|\bbuiltins\.input\s*=(?!.*\bstdin\b)|"
+    r"\b(?:patch|setattr)\b.*\b(?:stdin|input)\b|\bsubprocess\b"
+)
 _SENTENCE = re.compile(rf"\s*(?!(?:{'|'.join(_PYTHON)})\b)[^\s`~]+(?:\s+[^\s`]|[.!?:]\s*$)", re.IGNORECASE)
 _MOST_ENDS = 8  # fences tried as the end of one block
 
@@ -51,8 +59,8 @@ def extract_code(text: str, entry_point: str | None = None) -> Extraction:
     """
     The program in a text, thinking removed.
 
-    Of several fenced blocks it is the one that defines the function to call or, for a script, that reads the input:
-    a demonstration or an example of output after the solution is not taken for it. Of several such blocks it is the
+    Of several fenced blocks it is the one that defines the function to call or, for a script, that reads the input
+    and does not feed it itself: a demonstration or an example of output after the solution is not taken for it. Of several such blocks it is the
     last. Blocks marked with another language don't count. Fences may be of backticks or tildes, indented, without a
     language, or with more behind it; a block that the text begins inside of or ends inside of counts too. Without any
     fence the whole text is taken, if it starts like a program.
@@ -78,14 +86,18 @@ def extract_code(text: str, entry_point: str | None = None) -> Extraction:
     return Extraction(best.code, None if best.closed else Status.TRUNCATED)
 
 
-def _rank(block: _Block, entry_point: str | None) -> tuple[bool, bool, bool, bool]:
+def _rank(block: _Block, entry_point: str | None) -> tuple[bool, ...]:
+    demo = False
     if entry_point is None:
-        relevant = _READS_INPUT.search(block.code) is not None
+        code = _COMMENT.sub("", block.code)
+        feeds = _FEEDS_INPUT.search(code) is not None
+        relevant = not feeds and _READS_INPUT.search(code) is not None
+        demo = feeds or (not relevant and "stdin" in block.code)
     else:
         name = re.escape(entry_point)
         relevant = re.search(rf"\bdef\s+{name}\s*\(|^\s*{name}\s*=", block.code, re.MULTILINE) is not None
     looks_like_code = any(_STATEMENT.match(line) for line in block.code.split("\n"))
-    return relevant, block.language in _PYTHON, looks_like_code, block.closed
+    return relevant, block.language in _PYTHON, looks_like_code, not demo, block.closed
 
 
 def _blocks(lines: list[str]) -> list[_Block] | None:
