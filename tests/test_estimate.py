@@ -201,7 +201,7 @@ def test_eager_attention_keeps_all_pairs_of_tokens(tmp_path):
     sdpa, eager = (replace(plan, attention=name).rehearsal(None).held(2, 100, 100) for name in ("sdpa", "eager"))
     config = plan.model
     pairs = 2 * config.num_attention_heads * (199 * 199) * 4  # 2 rows of 199 tokens, in float32
-    assert eager - sdpa >= 0.9 * config.num_hidden_layers * pairs
+    assert eager - sdpa >= 0.75 * config.num_hidden_layers * pairs
 
 
 def test_a_cache_with_a_sliding_window_does_not_grow_beyond_it():
