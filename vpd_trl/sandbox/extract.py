@@ -44,12 +44,12 @@ _STATEMENT = re.compile(
 )
 _COMMENT = re.compile(r"(?:^|(?<=\s))#.*", re.MULTILINE)
 _READS_INPUT = re.compile(
-    r"\binput\s*\(|\bsys\.stdin\b(?!\s*=)|\bstdin\.\w|\bimport\b.*\bstdin\b|/dev/stdin\b|\b(?:open|os\.read)\s*\(\s*0\b|"
-    r"\bfileinput\b"
+    r"\binput\s*\(|\bsys\.stdin\b(?!\s*=)|\bstdin\.\w|\bimport\b.{0,99}\bstdin\b|/dev/stdin\b|"
+    r"\b(?:open|os\.read)\s*\(\s*0\b|\bfileinput\b"
 )
 _FEEDS_INPUT = re.compile(
-    r"\bstdin\s*=.*\bStringIO\s*\((?!.*\b(?:stdin|read|open)\b)|\bbuiltins\.input\s*=(?!.*\bstdin\b)|"
-    r"\b(?:patch|setattr)\b.*\b(?:stdin|input)\b|\bsubprocess\b"
+    r"\bstdin\s*=.{0,99}\b(?:String|Bytes)IO\s*\((?!.{0,99}\b(?:stdin|read|open)\b)|"
+    r"\bbuiltins\.input\s*=(?!.{0,99}\bstdin\b)|\b(?:patch|setattr)\b.{0,99}\b(?:stdin|input)[\"']|\bsubprocess\b"
 )
 _SENTENCE = re.compile(rf"\s*(?!(?:{'|'.join(_PYTHON)})\b)[^\s`~]+(?:\s+[^\s`]|[.!?:]\s*$)", re.IGNORECASE)
 _MOST_ENDS = 8  # fences tried as the end of one block
