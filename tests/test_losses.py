@@ -8,7 +8,7 @@ from trl.experimental.sdpo import loss_utils
 
 from tests import reference_losses as reference
 from vpd_trl import losses
-from vpd_trl.losses import Head
+from vpd_trl.losses import Head, fused_divergence, topk_divergence
 
 
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
@@ -357,3 +357,48 @@ def test_an_importance_ratio_is_clipped_and_has_no_gradient():
 def test_a_log_ratio_of_half_precision_tokens_is_summed_in_float32():
     ones = torch.ones(1, 257, dtype=torch.bfloat16)
     assert losses.sequence_log_ratio(ones, ones * 0, ones).item() == 257.0
+
+
+@pytest.mark.parametrize("what", ["fused", "top k", "log-probabilities"])
+def test_cutting_the_tokens_changes_neither_values_nor_gradients(what, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator)
+    hidden, target = torch.randn(2, 11, 8, generator=generator)
+    tokens = torch.randint(50, (11,), generator=generator)
+
+    def measured():
+        head = Head(weight.clone().requires_grad_())
+        student = hidden.clone().requires_grad_()
+        if what == "fused":
+            value = fused_divergence(student, target, head, head, alpha=0.3).divergence
+        elif what == "top k":
+            size = losses.CPU_CHUNK_SIZE
+            value = topk_divergence(student, target, head, head, alpha=0.3, k=5, chunk_size=size).divergence
+        else:
+            value = head.token_logps(student, tokens)
+        (value * torch.arange(11)).sum().backward()
+        return value.detach(), student.grad, head.weight.grad
+
+    whole = measured()
+    monkeypatch.setattr(losses, "CPU_CHUNK_SIZE", 4)
+    for cut, expected in zip(measured(), whole, strict=True):
+        torch.testing.assert_close(cut, expected)
+
+
+def test_the_backward_pass_of_the_top_k_divergence_does_not_ask_the_teacher_again(monkeypatch):
+    asked = []
+    teacher = Head(torch.randn(20, 4), temperature=0.5)  # told apart by its temperature
+    logits = Head.logits
+
+    def counting(self, hidden):
+        asked.append(self.temperature)
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Head, "logits", counting)
+    hidden = torch.randn(6, 4, requires_grad=True)
+    student = Head(torch.randn(20, 4, requires_grad=True))
+    topk_divergence(
+        hidden, torch.randn(6, 4), student, teacher, alpha=1.0, k=3, chunk_size=3
+    ).divergence.sum().backward()
+    assert asked.count(0.5) == 2
+    assert asked.count(1.0) == 4

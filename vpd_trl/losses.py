@@ -8,7 +8,7 @@ here logs, reduces over processes or keeps state. Equation numbers are those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +18,13 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 
-# Tokens whose logits exist at one time in `topk_divergence`: 256 × 151,936 float32 logits are 156 MB
-TOPK_CHUNK_SIZE = 256
+# Tokens whose logits exist at one time in `topk_divergence`: 128 × 151,936 float32 logits are 78 MB
+TOPK_CHUNK_SIZE = 128
 
 VOCABULARY_TILE = 32768
+
+# Tokens at one time on a CPU, where those functions hold eight tiles of float32 logits: 268 MB
+CPU_CHUNK_SIZE = 256
 
 
 class Head(NamedTuple):
@@ -61,9 +64,12 @@ class Head(NamedTuple):
 
     def token_logps(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (N,) of the tokens (N,) that follow hidden states (N, H), on tiles of the vocabulary."""
-        return ChunkedLogProbFunction.apply(
-            hidden, self.weight, self.bias, tokens, self.temperature, VOCABULARY_TILE, self.softcap, self.scale
-        )[0]
+        options = (self.temperature, VOCABULARY_TILE, self.softcap, self.scale)
+        chunks = [
+            ChunkedLogProbFunction.apply(h, self.weight, self.bias, t, *options)[0]
+            for h, t in zip(_tiles(hidden), _tiles(tokens), strict=True)
+        ]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 def sequence_log_ratio(
@@ -151,12 +157,12 @@ def fused_divergence(
 
     The work is done by TRL's `ChunkedDivergenceFunction`; both heads must have the same temperature.
     """
-    return TokenDivergence(
-        *ChunkedDivergenceFunction.apply(
-            student_hidden,
+    chunks = [
+        ChunkedDivergenceFunction.apply(
+            s,
             student.weight,
             student.bias,
-            teacher_hidden.detach(),
+            t,
             # Has no gradient to these. Not detached: an engine that shards weights knows them by who they are
             teacher.weight,
             teacher.bias,
@@ -167,7 +173,14 @@ def fused_divergence(
             teacher.scale,
             teacher.softcap,
         )
-    )
+        for s, t in zip(_tiles(student_hidden), _tiles(teacher_hidden.detach()), strict=True)
+    ]
+    return TokenDivergence(*(chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))))
+
+
+def _tiles(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Without Triton's kernels, TRL's functions hold eight tiles of the logits at one time: make them low."""
+    return rows.split(CPU_CHUNK_SIZE) if rows.device.type == "cpu" and len(rows) else [rows]
 
 
 def topk_divergence(
@@ -189,16 +202,20 @@ def topk_divergence(
     time and are recomputed in the backward pass.
     """
 
-    def chunk(student_hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunk(
+        student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, constants: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = student.logits(student_hidden)  # (n, V)
-        with torch.no_grad():
-            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-            indices = logits.topk(k, dim=-1).indices  # (n, k)
-            teacher_logps = top_k_logps(teacher.logits(teacher_hidden), indices, tail=add_tail)
+        if not constants:  # kept for the backward pass, which needs none of this again
+            with torch.no_grad():
+                entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+                indices = logits.topk(k, dim=-1).indices  # (n, k)
+                constants += [entropy, indices, top_k_logps(teacher.logits(teacher_hidden), indices, tail=add_tail)]
+        entropy, indices, teacher_logps = constants
         return divergence(top_k_logps(logits, indices, tail=add_tail), teacher_logps, alpha=alpha), entropy
 
     chunks = [
-        checkpoint(chunk, s, t, use_reentrant=False)
+        checkpoint(chunk, s, t, [], use_reentrant=False)
         for s, t in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size), strict=True)
     ]
     return TokenDivergence(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]))
