@@ -56,19 +56,22 @@ _ENDED_ARTICLE = re.compile(rf"{_STOP}|\s+(?:{_BECAUSE}|and|or|nor|for|by|from|w
 _VERB = re.compile(r"\s+(?:is|are|was|were|can|cannot|can't|has|have|does|do|would|isn't|aren't|don't|doesn't)\b")
 _SUBJECT_AFTER = re.compile(
     r"(?:^|[.,;:!?()\n\"]|<answer>|\b(?:so|therefore|thus|hence|that|then|and|or|nor|but|only|only statement|because|"
-    r"since|clearly|both|neither|either|think|believe|means|conclude|say|wait|actually|no|if|is|makes?|making|while|although))\s*$",
+    r"since|clearly|both|neither|either|think|believe|means|conclude|say|wait|actually|no|if|is|makes?|making|while|"
+    r"although))\s*$",
     re.IGNORECASE,
 )
 
 # ---- What the clause before takes back or leaves open
 
 _CLAUSE_END = re.compile(
-    r"[.,;:!?()\n—–]|(?<!\ball )(?<!thing )\bbut\b|\b(?:so|because|and|however|thus|hence|therefore|then|while|although)\b",
+    r"[.,;:!?()\n—–]|(?<!\ball )(?<!thing )\bbut\b|\b(?:so|because|and|however|thus|hence|therefore|then|while|"
+    r"although)\b",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
     r"\b(?:not|never|neither|nor|cannot|hardly|unlikely|no (?:way|evidence|reason)|impossible|wrong|"
-    r"incorrect|false that|disagree|deny|dispute|refuse|fail|nobody|no one|reject\w* (?:the|that|this|any))\b|n't\b|(?<!no )\bdoubt\b",
+    r"incorrect|false that|disagree|deny|dispute|refuse|fail|nobody|no one|reject\w* (?:the|that|this|any))\b|n't\b|"
+    r"(?<!no )\bdoubt\b",
     re.IGNORECASE,
 )
 _LEFT_OPEN = re.compile(
@@ -84,8 +87,10 @@ _UNREAL_IF = r"if (?!I |you )[^.!?\n]{0,200}\b(?:were|had|was|asked)\b"
 _UNREAL_BEFORE = re.compile(rf"(?:^|[.!?;\n] ?)(?:(?:had|were) (?!I )|{_UNREAL_IF})[^.!?\n]*$", re.IGNORECASE)
 _UNREAL_AFTER = re.compile(rf",? (?:only )?{_UNREAL_IF}", re.IGNORECASE)
 _THEN_DENIED = re.compile(
-    r" \((?:incorrect|wrong)\b|,? \(?(?:but|which|though|although) (?:(?:that|this|it) )?(?:is|'s|was|would be|(?:turns|turned) out(?: to be)?|"
-    r"(?:proves|proved)(?: to be)?) (?:not|wrong|incorrect|false)\b|,? but (?:that's|it's) (?:not|wrong|incorrect|false)\b"
+    r" \((?:incorrect|wrong)\b"
+    r"|,? \(?(?:but|which) (?:is|that is|that's|this is|would be) (?:not|wrong|incorrect|false)\b"
+    r"|,? (?:but|which|though|although) (?:(?:that|this|it)(?:'s| is| was)|is|was|(?:turns|turned) out(?: to be)?|"
+    r"(?:proves|proved)(?: to be)?) (?:wrong|incorrect|false|not (?:it|correct|right|true|possible))\b"
 )
 _TAKEN_BACK = (
     r"(?:(?:this|that|it|(?:my|the|this|that) (?:answer|choice|option))(?: is|'s| was)(?: (?!not\b)\w+)? "
@@ -93,7 +98,8 @@ _TAKEN_BACK = (
     r"|(?:this|that|it) (?:isn't|wasn't|can't be|cannot be) (?:it|correct|right)"
     r"|(?:this|that|it) (?:doesn't|does not) (?:work|fit|hold|make sense)"
     r"|I(?:'m| am| was) (?:wrong|mistaken)|I disagree|I made (?:a mistake|an error)|I take (?:that|it) back"
-    r"|(?:scratch|forget|strike) that|never ?mind|(?:just|I'm) (?:kidding|joking)|(?:no|wait),? (?:no|it isn't|it's not|it is not)(?! \w))"
+    r"|(?:scratch|forget|strike) that|never ?mind|(?:just|I'm) (?:kidding|joking)"
+    r"|(?:no|wait),? (?:no|it isn't|it's not|it is not)(?! \w))"
     rf"(?=\s*(?:$|[.,;:!)\n]|(?:{_BECAUSE})\b))"
 )
 _SELF_CORRECTION = r"(?:(?:no|wait|sorry|oops|hmm|hold on)\b[,.:;!…]* ?)"
@@ -130,8 +136,8 @@ _SURELY = (
 _COPULA = r"(?: (?:is|was|are)|'s| (?:must|should|would|will|has to|have to|seems to|appears to) be)\b"
 _ABOUT = (
     r"(?: (?:to|of|for|in|on|from|among|with|the|this|that|these|those|above|below|given|following|question|problem|"
-    r"options?|choices?|case|here|I|I'd|we|would|choose|select|pick|based|context|scenario|passage|text|my|provided|"
-    r"listed|therefore|thus|then|now|most|likely|best|fits|matches|one|\d+)){0,8}?"
+    r"options?|choices?|case|here|I|I'd|we|would|choose|select|pick|based|context|scenario|passage|text|my|your|"
+    r"provided|listed|therefore|thus|then|now|most|likely|best|fits|matches|one|\d+)){0,8}?"
     r"(?:, (?:however|therefore|then|thus|of course|in my opinion|in this case|I think|I believe),)?"
 )
 _GOOD = r"(?:most )?(?:correct|right|best|better|final|only|remaining|appropriate|accurate|suitable|likely|single)"
@@ -141,14 +147,16 @@ _PICKED = (
 )
 # "The second best answer", "your answer"
 _ANOTHER = re.compile(
-    r"\b(?:least|worst|poorest|weakest|bad|second|third|next|runner-up|alternative|opposite|distractor|decoy|eliminated|"
-    r"rejected|excluded|previous|initial|original|earlier|your|his|her|their)(?:[ -](?!the\b|my\b)\w+){0,2}[ -]?$",
+    r"\b(?:least|worst|poorest|weakest|bad|second|third|next|runner-up|alternative|opposite|distractor|decoy|"
+    r"eliminated|rejected|excluded|previous|initial|original|earlier|(?<!is )your|his|her|their)"
+    r"(?:[ -](?!the\b|my\b)\w+(?:'s)?){0,2}[ -]?$",
     re.IGNORECASE,
 )
 _NAMES_ANSWER = re.compile(rf"{_PICKED}\b|{_GOOD}\b|most\b", re.IGNORECASE)
 _CHOOSING = (
     r"(?:choose|chose|select|selected|pick|picked|choosing|selecting|go with|going with|go for|going for|opt for|"
-    r"settle on|switch to|switching to|change to|changing to|say|guess|think|believe|answer|vote for|conclude|stick with|lean towards?|leaning towards?)"
+    r"settle on|switch to|switching to|change to|changing to|say|guess|think|believe|answer|vote for|conclude|"
+    r"stick with|lean towards?|leaning towards?)"
 )
 # "We choose A as the origin", "A from the set"
 _NO_ROLE = (
@@ -172,8 +180,8 @@ COMMITS = (
     r"\(?{N}",
     rf"{{S}}{_COPULA}{_SURELY} (?:the |my |our )?(?:{_GOOD} )*(?:answer|choice|option|one|response|pick)\b"
     r"(?! (?:to|for|of|in) (?:an?|another|the (?:other|previous|next|wrong))\b)",
-    r"(?:n't|\bnot) (?:[^.,;!?\n]{0,30} )?(?:answer|option|choice|correct|right|best|\(?[A-Z]\)?)[,;.]? (?:but )?{S} is"
-    r"(?= ?(?:[.!;\n]|$))",
+    r"(?:n't|\bnot) (?:[^.,;!?\n]{0,30} )?(?:answer|option|choice|correct|right|best|\(?[A-Z]\)?)[,;.]? "
+    r"(?:but )?{S} is(?= ?(?:[.!;\n]|$))",
     r"\b(?:I|we)(?:'d|'ll|'m| am| would| will| should| must| can)?"
     r"(?: (?:therefore|thus|probably|rather|still|now|then|definitely|have to|going to))*"
     rf" {_CHOOSING}(?: (?:that|it's|it is|it must be|it has to be))*:? {{M}}{_NO_ROLE}",
@@ -183,7 +191,7 @@ COMMITS = (
     r"\bactually {M}(?= ?(?:[.!\n]|$))",
     r"\b(?:wait|actually|sorry|oops|no)[,.:;!] I mean(?:t)? {M}",
     r"\bor,? (?:rather|better|more \w+),? {M}",
-    r"\b(?:chang|switch|revis|correct)\w* (?:my|the) (?:\w+ )?(?:answer|choice|pick|guess|selection) "
+    r"\b(?:chang|switch|revis)\w* (?:my|the) (?:\w+ )?(?:answer|choice|pick|guess|selection) "
     r"(?:from (?:option )?\(?[A-Z]\)? )?to {M}",
     rf"\b(?:{_GOOD}|most \w+) \w+(?: [\w-]+){{0,6}}?{_COPULA}{_SURELY} {{N}}",
     rf"\bmak(?:es|ing) {{S}} (?:the|our|my) (?:{_GOOD} )*(?:answer|choice|option)\b",
@@ -204,7 +212,8 @@ HINTS = (
     r"{M}(?=\s*[.!]?\s*(?:\n|$))",
     r"\b(?:corresponds? to|match(?:es)?|leads? to|points? to|which is|namely|given by|described by) (?:only )?{N}",
     r"\b(?:leaves?|leaving)(?: us)?(?: with)?(?: only)? {M}",
-    r"\bonly (?:statement )?{S} (?!(?:(?:is|was|does|do|can|could|has)(?:n't|not| not)?|fails|violates|contradicts|lacks|differs|ignores)\b)\w",
+    r"\bonly (?:statement )?{S} (?!(?:(?:is|was|does|do|can|could|has)(?:n't|not| not)?|"
+    r"fails|violates|contradicts|lacks|differs|ignores)\b)\w",
     r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
     r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)?"
     r" (?:right|correct|best|plausible|likely|reasonable)\b",
@@ -301,7 +310,8 @@ class _Reader:
         self.delimited = re.compile(rf"(?<![\w']){no_end}[(\[]?([{choices}])([)\].:]| ?[-–—])(?=\s|$)")
         self.option_line = re.compile(rf"^(?:[Oo]ption )?[(\[]?([{choices}])[)\].:]+(?=\s|$)", re.MULTILINE)
         self.further = re.compile(
-            r"(?P<separator>,? ?(?:and/or\b|and\b|\(?or\b|nor\b|(?:as well as|together with|along with)\b|[&/和与或、]) ?|, ?)"
+            r"(?P<separator>,? ?(?:and/or\b|and\b|\(?or\b|nor\b|(?:as well as|together with|along with)\b|"
+            r"[&/和与或、]) ?|, ?)"
             r"(?:(?:maybe|perhaps|possibly|alternatively|also|even),? )*"
             rf"(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
         )
