@@ -356,6 +356,8 @@ CASES = [
     ("A, together with B, is correct.", None),
     ("All but C is correct.", None),
     ("A, B, and D are wrong, so the answer is C.", "C"),
+    ("After eliminating A, C, and D, we are left with B.", "B"),
+    ("Answer: B. (A, C, and D are wrong.)", "B"),
     ("The answer is B (or C).", None),
     ("The answer is B, possibly also C.", None),
     ("The answer is B as well as C.", None),
@@ -386,6 +388,7 @@ CASES = [
     ("The answer is B. On closer inspection, C is correct.", "C"),
     ("The answer is B. Let me know if that's wrong.", "B"),
     ("The answer is B. It doesn't work like a battery.", "B"),
+    ("Answer: C\n\nOption A: This is incorrect.\nOption B: This is incorrect.", "C"),
     ("<answer>B</answer> Wait, that's wrong.", None),
     ("The answer is B. Not B.", None),
     ("The answer is B. It is not A.", "B"),
@@ -457,6 +460,7 @@ def test_the_choices_are_those_that_were_given():
     assert extract_choice("Answer: b", ("a", "b")) == "B"
     assert extract_choice("I think a car needs fuel, so I would wait.", "ABCDEFGHI") is None
     assert extract_choice("The answer is I.", "ABCDEFGHI") == "I"
+    assert extract_choice("The answer is B if I ignore friction.", "ABCDEFGHI") == "B"
     assert extract_choice("E. coli is a bacterium.", "ABCDE") is None
 
 

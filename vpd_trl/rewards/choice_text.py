@@ -211,7 +211,7 @@ HINTS = (
     r"(?:\b(?:so|therefore|thus|hence|by elimination|i\.e\.)|(?<!\b[A-Z])(?<!\b[A-Z] )(?:[∴→⇒]|=>))[,:]? ?"
     r"{M}(?=\s*[.!]?\s*(?:\n|$))",
     r"\b(?:corresponds? to|match(?:es)?|leads? to|points? to|which is|namely|given by|described by) (?:only )?{N}",
-    r"\b(?:leaves?|leaving)(?: us)?(?: with)?(?: only)? {M}",
+    r"\b(?:(?:leaves?|leaving)(?: us)?(?: with)?|left with)(?: only)? {M}",
     r"\bonly (?:statement )?{S} (?!(?:(?:is|was|does|do|can|could|has)(?:n't|not| not)?|"
     r"fails|violates|contradicts|lacks|differs|ignores)\b)\w",
     r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
@@ -316,7 +316,7 @@ class _Reader:
             rf"(?:option |choice )?[(\[]?(?P<letter>{letters})[)\]]?"
         )
         self.joined_before = re.compile(rf"(?<!\w){letters}[)\]]?,? ?(?:and|or|nor|[&/和与或、]) ?(?:option )?[(\[]?$")
-        self.alone = re.compile(rf"(?<![\w'])[{choices}](?![\w'])")
+        self.alone = re.compile(rf"(?<![\w'])[{choices}](?<!I)(?![\w'])")  # "I" is a word
         self.patterns = [
             (kind, re.compile(self._fill(pattern, mention, clear), re.IGNORECASE))
             for kind, patterns in _KINDS.items()
