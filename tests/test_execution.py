@@ -160,6 +160,38 @@ def test_the_solution_is_taken_and_not_the_demonstration_behind_it():
     assert extract_code(f"{fenced(ADDER)}\nRun it:\n{fenced('python main.py < input.txt', 'bash')}").code == ADDER
 
 
+@pytest.mark.parametrize(
+    "definition", ["f: Callable = lambda x: x\n", "f = lambda x: x\n", "f: Callable[[int], int] = g\n"]
+)
+def test_a_function_may_be_defined_by_an_assignment(definition):
+    assert (
+        extract_code(
+            f"{fenced(definition)}\nFor example:\n{fenced('f: int' + chr(10) + 'print(f == f(1))' + chr(10))}", "f"
+        ).code
+        == definition
+    )
+
+
+@pytest.mark.parametrize(
+    "stub",
+    [
+        "def f(x): ...\n",
+        "def f(x):\n    # Here\n    pass\n\n# So\nprint(f(1))\n",
+        "def f(x: int = g(1)) -> dict[str, int]:\n    pass  # as above\n",
+        'class Solution:\n    def f(\n        self, x\n    ):\n        """Returns x."""\n        ...\n\n    def g(self):\n        return 1\n',
+    ],
+)
+def test_a_signature_without_a_body_is_not_taken_for_the_solution(stub):
+    assert extract_code(f"{fenced(CODE)}\nIts signature:\n{fenced(stub)}", "f").code == CODE
+    assert extract_code(f"{fenced(stub)}\nFor example:\n{fenced('print(f(1))' + chr(10))}", "f").code == stub
+
+
+@pytest.mark.parametrize("body", ["pass\n    return 2 * x\n", '"""..."""\n    ...\n    # so\n\n    return 2 * x\n'])
+def test_a_body_may_begin_like_none(body):
+    better = "def f(x):\n    " + body
+    assert extract_code(f"{fenced(CODE)}\nNo, wait:\n{fenced(better)}", "f").code == better
+
+
 READER = "import sys\ndef main():\n    for line in sys.stdin:\n        print(int(line))\nmain()\n"
 
 

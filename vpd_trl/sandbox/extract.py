@@ -51,6 +51,11 @@ _FEEDS_INPUT = re.compile(
     r"\bstdin\s*=.{0,99}\b(?:String|Bytes)IO\s*\((?!.{0,99}\b(?:stdin|read|open)\b)|"
     r"\bbuiltins\.input\s*=(?!.{0,99}\bstdin\b)|\b(?:patch|setattr)\b.{0,99}\b(?:stdin|input)[\"']|\bsubprocess\b"
 )
+_STUB = (  # a signature, perhaps what it is for, and no body
+    r"^([ \t]*)(?:async\s+)?def\s+%s\s*\((?:[^()]|\([^()]*\))*\)[^\n:]*:\s*"
+    r"(?:(\"\"\"|''')(?:(?!\2)[\s\S])*\2\s*)?(?:#.*\n\s*)*(?:\.\.\.|pass)[ \t]*(?:#.*)?$"
+    r"(?!(?:\n[ \t]*(?:#.*)?(?=\n))*\n\1[ \t]+[^\s#])"
+)
 _SENTENCE = re.compile(rf"\s*(?!(?:{'|'.join(_PYTHON)})\b)[^\s`~]+(?:\s+[^\s`]|[.!?:]\s*$)", re.IGNORECASE)
 _MOST_ENDS = 8  # fences tried as the end of one block
 
@@ -59,11 +64,11 @@ def extract_code(text: str, entry_point: str | None = None) -> Extraction:
     """
     The program in a text, thinking removed.
 
-    Of several fenced blocks it is the one that defines the function to call or, for a script, that reads the input
-    and does not feed it itself: a demonstration or an example of output after the solution is not taken for it. Of several such blocks it is the
-    last. Blocks marked with another language don't count. Fences may be of backticks or tildes, indented, without a
-    language, or with more behind it; a block that the text begins inside of or ends inside of counts too. Without any
-    fence the whole text is taken, if it starts like a program.
+    Of several fenced blocks it is the one that defines the function to call, with a body, or, for a script, that reads
+    the input and does not feed it itself: a demonstration or an example of output after the solution is not taken for
+    it. Of several such blocks it is the last. Blocks marked with another language don't count. Fences may be of
+    backticks or tildes, indented, without a language, or with more behind it; a block that the text begins inside of
+    or ends inside of counts too. Without any fence the whole text is taken, if it starts like a program.
 
     Nothing is parsed here: a parser can be crashed by what it is given, and this is not the sandbox.
 
@@ -95,9 +100,12 @@ def _rank(block: _Block, entry_point: str | None) -> tuple[bool, ...]:
         demo = feeds or (not relevant and "stdin" in block.code)
     else:
         name = re.escape(entry_point)
-        relevant = re.search(rf"\bdef\s+{name}\s*\(|^\s*{name}\s*=", block.code, re.MULTILINE) is not None
+        defined = rf"\bdef\s+{name}\s*\(|^\s*{name}\s*(?::[^=\n]+)?=(?!=)"
+        relevant = re.search(defined, block.code, re.MULTILINE) is not None
+        code = re.sub(_STUB % name, "", block.code, flags=re.MULTILINE)
+        demo = relevant and re.search(defined, code, re.MULTILINE) is None
     looks_like_code = any(_STATEMENT.match(line) for line in block.code.split("\n"))
-    return relevant, block.language in _PYTHON, looks_like_code, not demo, block.closed
+    return relevant, relevant and not demo, block.language in _PYTHON, looks_like_code, not demo, block.closed
 
 
 def _blocks(lines: list[str]) -> list[_Block] | None:
@@ -147,7 +155,7 @@ def _begins_inside(lines: list[str]) -> bool:
 
 
 def _ends(line: str, fence: str) -> bool:
-    """Whether a line closes a block: with a fence, alone or with a sentence behind it, or behind the last of the code."""
+    """Whether a line closes a block: with a fence, alone or before a sentence, or behind the last of the code."""
     line = line.rstrip()
     match = _FENCE.match(line)
     if match and fence not in match[3] and _SENTENCE.match(match[3]):
