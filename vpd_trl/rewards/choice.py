@@ -21,7 +21,8 @@ def extract_choice(text: str, choices: str | Sequence[str] = "ABCD", *, strict: 
     The last commitment counts: "the answer is B", "Answer: B", "I'd go with B", "B is the best choice", a box
     (`\\boxed{B}`), an `<answer>` tag. Without any, hints count, as long as they agree: "B is correct", "it's B", a
     first or last line that is only "B" or "B) copper". Negations, suppositions, questions, several choices at once
-    ("A or C") and lists of the options settle nothing, and a letter in words ("vitamin C", "a car") is no choice.
+    ("A or C"), the second best and lists of the options settle nothing, what is taken back ("No, that's wrong.") does
+    so no longer, and a letter in words ("vitamin C", "a car") is no choice.
     Where a text is unclear, no choice is found rather than a wrong one. Words are read in English, and the commonest
     statements in Chinese. Thinking (`<think>…</think>`) is not read.
 
