@@ -34,6 +34,22 @@ _GOES_ON = re.compile(
 )
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'-]*")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
+_DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,:; ]|~)(?=\d{3}(?!\d))")  # 5\,000
+_ENDING = re.compile(r"(?:\s|~|\\[,:; ]|[.,;])+\Z")
+_BASE = re.compile(r"(?<![\w^{])\d+_\{?\(?(\d+)")
+_TUPLE = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
+_SET = re.compile(r"\\\{[^()\[\]]*,[^()\[\]]*\\\}")
+_COMMA = re.compile(r"(?<=\d)(?:,|\{,\}|,\\!)(?=\d{3}(?!\d))")  # 5,000
+_UNITS = {
+    form: names.split()[0]
+    for names in (
+        *("mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre"),
+        *("inch in inche", "foot feet ft", "yard yd", "mile mi", "mg milligram", "g gram", "kg kilogram"),
+        *("pound lb", "ounce oz", "second s sec", "minute min", "hour h hr", "day", "week", "month", "year yr"),
+        *("ml milliliter millilitre", "l liter litre", "cent", "dollar", "degree", "radian"),
+    )
+    for form in names.split()
+}
 _SYMBOLS = {
     "−": "-",
     "–": "-",
@@ -132,14 +148,58 @@ def words_of(expression: str) -> str | None:
 
 
 def normal_form(expression: str) -> str:
-    """An expression without what delimits it, and with LaTeX for the commonest symbols of Unicode."""
+    """An expression without what delimits it or groups digits, and with LaTeX for the commonest symbols of Unicode."""
     expression = expression.strip()
     delimited = _DELIMITED.fullmatch(expression)
     if delimited:
         expression = next(filter(None, delimited.groups())).strip()
     for symbol, latex in _SYMBOLS.items():
         expression = expression.replace(symbol, latex)
-    return expression.rstrip(".").strip()
+    return _DIGIT_SPACE.sub("", _ENDING.sub("", expression))
+
+
+def contradict(one: str, other: str) -> bool:
+    r"""
+    Whether two expressions differ in what math-verify leaves out.
+
+    That is the base of a number (12_5 and 12_6), a unit that both have (5\text{ m} and 5\text{ cm}), the length of a
+    list that says something twice (2,2 and 2), and the order of a tuple, which a set does not have.
+
+    Args:
+        one: An expression in its normal form.
+        other: Another one.
+    """
+    units, items = [_units(one), _units(other)], [_items(one), _items(other)]
+    return (
+        _bases(one).isdisjoint(_bases(other))
+        or (all(units) and units[0] != units[1])
+        or (all(items) and len(items[0]) != len(items[1]) and any(len(set(list_)) < len(list_) for list_ in items))
+        or {_form(one), _form(other)} == {"set", "tuple"}
+    )
+
+
+def _bases(expression: str) -> set[tuple[str, ...]]:
+    """The bases, but ten, of the numbers on each side of an equation."""
+    return {tuple(sorted(b for b in _BASE.findall(side) if b != "10")) for side in expression.split("=")}
+
+
+def _units(expression: str) -> list[str]:
+    """The units in an expression; none if it has a text that is no unit."""
+    words = [word.lower() for text in _LATEX_TEXT.findall(expression) for word in re.findall(r"[A-Za-z]+", text)]
+    units = [_UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or "" for word in words]
+    return units if all(units) else []
+
+
+def _items(expression: str) -> list[str]:
+    """The items of a list without brackets; none if it has brackets."""
+    if re.search(r"[()\[\]]|\\\{", expression):
+        return []
+    return ["".join(item.split()) for item in _COMMA.sub("", expression).split(",")]
+
+
+def _form(expression: str) -> str | None:
+    text = re.sub(r"\\(?:left|right)(?![a-z])\s*", "", expression)
+    return "tuple" if _TUPLE.fullmatch(text) else "set" if _SET.fullmatch(text) else None
 
 
 def reference_form(answer: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ..text import strip_thinking
 from .inputs import answer_texts, check_reward_arguments, is_missing, reference_answers
 from .math_pool import Deadline, Outcome, WorkerPool
-from .math_text import find_answer, normal_form, reference_form, words_of
+from .math_text import contradict, find_answer, normal_form, reference_form, words_of
 
 
 # Not accelerate's logger: a reward can be asked without a trainer
@@ -45,11 +45,12 @@ class MathReward:
     Reward of mathematics: 1 if the completion's answer equals the reference, else 0. `math_reward` is `MathReward()`.
 
     [`extract_math_answer`] finds the answer; [math-verify](https://github.com/huggingface/Math-Verify) compares it
-    with the reference: 1/2 equals 0.5, \frac12 and 50\%, sets have no order, tuples have one, units are left out. Answers
-    in words ("no solution") are compared as texts, case aside. math-verify runs in child processes, which start with
-    the first call, are kept, and end with this one. An answer that takes more than `timeout` seconds or too much
-    memory is worth 0, and its process is replaced; nothing else is lost. Signals and event loops are left alone, so
-    the reward works in threads and under asyncio.
+    with the reference: 1/2 equals 0.5, \frac12 and 50\%, sets have no order, tuples have one. A unit may be left out,
+    but not be another; the base of a number may not be left out. Answers in words ("no solution") are compared as
+    texts, case aside. math-verify runs in child processes, which start with the first call, are kept, and end with
+    this one. An answer that takes more than `timeout` seconds or too much memory is worth 0, and its process is
+    replaced; nothing else is lost. Signals and event loops are left alone, so the reward works in threads and under
+    asyncio.
 
     There is no reward (`None`) where the reference is `None`, where it can't be parsed or worked out (a warning tells
     once), and for answers that the batch's time did not suffice for.
@@ -195,7 +196,7 @@ class MathReward:
             known[gold, answer] = Outcome.NO
             if normal_form(answer) == gold or words_of(answer) == words_of(gold) is not None:
                 known[gold, answer] = Outcome.YES
-            elif words_of(gold) is None:
+            elif words_of(gold) is None and not contradict(gold, normal_form(answer)):
                 asked.append((gold, answer))
         requests = [{"gold": gold, "answer": normal_form(answer)} for gold, answer in asked]
         known.update(zip(asked, self._ask(requests, deadline), strict=True))
