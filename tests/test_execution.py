@@ -192,6 +192,19 @@ def test_a_body_may_begin_like_none(body):
     assert extract_code(f"{fenced(CODE)}\nNo, wait:\n{fenced(better)}", "f").code == better
 
 
+@pytest.mark.parametrize("language", ["pycon", "python", ""])
+def test_an_interactive_session_is_a_program_only_without_another_and_then_without_prompts(language):
+    session = fenced(">>> def f(x):\n...     return x\n...\n>>> f(1)\n1\n>>> x = input()\n", language)
+    typed = "def f(x):\n    return x\n\nf(1)\nx = input()\n"
+    for entry_point in ("f", None):
+        assert extract_code(session, entry_point) == Extraction(typed)
+        assert extract_code(f"{session}\nIt prints:\n{fenced('1' + chr(10), '')}", entry_point).code == typed
+        assert extract_code(f"{fenced(CODE)}\nFor example:\n{session}", entry_point).code == CODE
+        assert extract_code(f"{session}\nSo:\n{fenced(CODE, '')}", entry_point).code == CODE
+    doctest = 'def f(x):\n    """\n    >>> f(1)\n    1\n    """\n    return x\n'
+    assert extract_code(fenced(doctest), "f").code == doctest
+
+
 READER = "import sys\ndef main():\n    for line in sys.stdin:\n        print(int(line))\nmain()\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tokenize
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from .outcome import Status
@@ -66,9 +66,10 @@ def extract_code(text: str, entry_point: str | None = None) -> Extraction:
 
     Of several fenced blocks it is the one that defines the function to call, with a body, or, for a script, that reads
     the input and does not feed it itself: a demonstration or an example of output after the solution is not taken for
-    it. Of several such blocks it is the last. Blocks marked with another language don't count. Fences may be of
-    backticks or tildes, indented, without a language, or with more behind it; a block that the text begins inside of
-    or ends inside of counts too. Without any fence the whole text is taken, if it starts like a program.
+    it. Of several such blocks it is the last. Of an interactive session, if there is nothing else, it is what was typed
+    at the prompts. Blocks marked with another language don't count. Fences may be of backticks or tildes, indented,
+    without a language, or with more behind it; a block that the text begins inside of or ends inside of counts too.
+    Without any fence the whole text is taken, if it starts like a program.
 
     Nothing is parsed here: a parser can be crashed by what it is given, and this is not the sandbox.
 
@@ -87,6 +88,11 @@ def extract_code(text: str, entry_point: str | None = None) -> Extraction:
     if not candidates:
         ends_inside = bool(blocks) and not blocks[-1].closed
         return Extraction(None, Status.TRUNCATED if ends_inside else Status.NO_CODE)
+    others = [block for block in candidates if not _is_session(block)]
+    if any(_looks_like_code(block.code) for block in others):
+        candidates = others
+    else:
+        candidates = [replace(block, code=_typed(block.code)) if _is_session(block) else block for block in candidates]
     best = max(enumerate(candidates), key=lambda pair: (*_rank(pair[1], entry_point), pair[0]))[1]
     return Extraction(best.code, None if best.closed else Status.TRUNCATED)
 
@@ -104,8 +110,22 @@ def _rank(block: _Block, entry_point: str | None) -> tuple[bool, ...]:
         relevant = re.search(defined, block.code, re.MULTILINE) is not None
         code = re.sub(_STUB % name, "", block.code, flags=re.MULTILINE)
         demo = relevant and re.search(defined, code, re.MULTILINE) is None
-    looks_like_code = any(_STATEMENT.match(line) for line in block.code.split("\n"))
-    return relevant, relevant and not demo, block.language in _PYTHON, looks_like_code, not demo, block.closed
+    python, looks_like_code = block.language in _PYTHON, _looks_like_code(block.code)
+    return relevant, relevant and not demo, python, looks_like_code, not demo, block.closed
+
+
+def _looks_like_code(code: str) -> bool:
+    return any(_STATEMENT.match(line) for line in code.split("\n"))
+
+
+def _is_session(block: _Block) -> bool:
+    """Whether this is what an interactive interpreter shows, with its prompts."""
+    return _first_line(block.code).startswith(">>>")
+
+
+def _typed(session: str) -> str:
+    """What was typed in an interactive session."""
+    return _joined([line[4:] for line in session.split("\n") if re.match(r"(?:>>>|\.\.\.)(?: |$)", line)])
 
 
 def _blocks(lines: list[str]) -> list[_Block] | None:
