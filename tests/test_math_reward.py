@@ -160,7 +160,7 @@ EQUAL = [
     ("5", "5_{10}"),
     ("x_1^2 + x_2^2", "x^2_1 + x^2_2"),
     (r"5\text{ cm}", "5"),
-    (r"5\text{ cm}", r"5\mathrm{~cm}"),
+    (r"5\mathrm{~cm}", r"5\text{ cm}"),
     (r"5\text{ inches}", r"5\text{ inch}"),
     (r"5\text{ apples}", r"5\text{ red apples}"),
     (r"5\text{ m}", r"5\text{ units}"),

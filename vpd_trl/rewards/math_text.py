@@ -35,7 +35,7 @@ _GOES_ON = re.compile(
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'-]*")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
 _DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,:; ]|~)(?=\d{3}(?!\d))")  # 5\,000
-_ENDING = re.compile(r"(?:\s|~|\\[,:; ]|[.,;])+\Z")
+_ENDING = re.compile(r"(?<![\s~.,;])(?:\s|~|\\[,:; ]|[.,;])+\Z")
 _BASE = re.compile(r"(?<![\w^{])\d+_\{?\(?(\d+)")
 _TUPLE = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
 _SET = re.compile(r"\\\{[^()\[\]]*,[^()\[\]]*\\\}")
