@@ -162,16 +162,16 @@ def contradict(one: str, other: str) -> bool:
     r"""
     Whether two expressions differ in what math-verify leaves out.
 
-    That is the base of a number (12_5 and 12_6), a unit that both have (5\text{ m} and 5\text{ cm}), the length of a
+    That is a base that both have (12_5 and 12_6), a unit that both have (5\text{ m} and 5\text{ cm}), the length of a
     list that says something twice (2,2 and 2), and the order of a tuple, which a set does not have.
 
     Args:
         one: An expression in its normal form.
         other: Another one.
     """
-    units, items = [_units(one), _units(other)], [_items(one), _items(other)]
+    bases, units, items = ([part(expression) for expression in (one, other)] for part in (_bases, _units, _items))
     return (
-        _bases(one).isdisjoint(_bases(other))
+        (all(bases) and bases[0].isdisjoint(bases[1]))
         or (all(units) and units[0] != units[1])
         or (all(items) and len(items[0]) != len(items[1]) and any(len(set(list_)) < len(list_) for list_ in items))
         or {_form(one), _form(other)} == {"set", "tuple"}
@@ -180,7 +180,8 @@ def contradict(one: str, other: str) -> bool:
 
 def _bases(expression: str) -> set[tuple[str, ...]]:
     """The bases, but ten, of the numbers on each side of an equation."""
-    return {tuple(sorted(b for b in _BASE.findall(side) if b != "10")) for side in expression.split("=")}
+    sides = {tuple(sorted(b for b in _BASE.findall(side) if b != "10")) for side in expression.split("=")}
+    return sides - {()}
 
 
 def _units(expression: str) -> list[str]:

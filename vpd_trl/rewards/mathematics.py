@@ -45,8 +45,8 @@ class MathReward:
     Reward of mathematics: 1 if the completion's answer equals the reference, else 0. `math_reward` is `MathReward()`.
 
     [`extract_math_answer`] finds the answer; [math-verify](https://github.com/huggingface/Math-Verify) compares it
-    with the reference: 1/2 equals 0.5, \frac12 and 50\%, sets have no order, tuples have one. A unit may be left out,
-    but not be another; the base of a number may not be left out. Answers in words ("no solution") are compared as
+    with the reference: 1/2 equals 0.5, \frac12 and 50\%, sets have no order, tuples have one. A unit
+    or the base of a number may be left out, but not be another. Answers in words ("no solution") are compared as
     texts, case aside. math-verify runs in child processes, which start with the first call, are kept, and end with
     this one. An answer that takes more than `timeout` seconds or too much memory is worth 0, and its process is
     replaced; nothing else is lost. Signals and event loops are left alone, so the reward works in threads and under
