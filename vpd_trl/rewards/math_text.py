@@ -169,7 +169,8 @@ def contradict(one: str, other: str) -> bool:
         one: An expression in its normal form.
         other: Another one.
     """
-    bases, units, items = ([part(expression) for expression in (one, other)] for part in (_bases, _units, _items))
+    both = (one, other)
+    bases, units, items = [_bases(e) for e in both], [_units(e) for e in both], [_items(e) for e in both]
     return (
         (all(bases) and bases[0].isdisjoint(bases[1]))
         or (all(units) and units[0] != units[1])
