@@ -90,7 +90,7 @@ def growth() -> dict[str, Any]:
     """Operations of five steps as one thing grows and the rest stays."""
     axes: dict[str, list[tuple[int, dict[str, Any]]]] = {
         # Of 8 prompts, in n micro-batches of 8 rows
-        "rollouts per prompt": [(n, {"num_generations": n, "gradient_accumulation_steps": n}) for n in (4, 8, 16, 32)],
+        "rollouts per prompt": [(n, {"num_generations": n, "gradient_accumulation_steps": n}) for n in (4, 8, 16)],
         "longest completion": [(n, {"longest": n}) for n in (50, 100, 200, 400)],
         "vocabulary": [(n, {"vocabulary": n, "longest": 50}) for n in (1_000, 4_000, 16_000, 64_000)],
     }
