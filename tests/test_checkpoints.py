@@ -61,6 +61,30 @@ def test_a_file_that_is_missing_is_a_fault(tmp_path, finished, name):
     assert said.get(name, f"{name} is missing") in find_fault(tmp_path)
 
 
+@pytest.mark.parametrize("changes", [{}, {"method": "grpo", "feedback_fn": None}], ids=str)
+def test_the_state_of_every_method_says_how_many_processes_wrote_it(tmp_path, changes):
+    trainer = build(tmp_path, max_steps=1, **changes)
+    trainer.train()
+    path = tmp_path / "checkpoint-1" / "vpd_state.pt"
+    saved = torch.load(path, weights_only=True)
+    assert saved["geometry"]["processes"] == 1
+    # As two processes leave it
+    saved["geometry"]["processes"] = 2
+    torch.save(saved, path)
+    assert find_fault(path.parent) == "rng_state_0.pth is missing"
+    (path.parent / "rng_state.pth").rename(path.parent / "rng_state_0.pth")
+    assert find_fault(path.parent) is None
+
+
+def test_a_scheduler_of_deepspeeds_own_is_looked_for_in_no_file(tmp_path, finished):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(finished / "checkpoint-1", folder)
+    (folder / "scheduler.pt").unlink()
+    assert find_fault(folder) == "scheduler.pt is missing"
+    (folder / "global_step1").mkdir()
+    assert find_fault(folder) is None
+
+
 def test_a_missing_shard_of_the_weights_is_a_fault(tmp_path, finished):
     shutil.copytree(finished / "checkpoint-3", tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
@@ -120,6 +144,16 @@ def test_a_run_that_is_finished_is_not_trained_further(tmp_path, changes):
     assert longer.state.global_step == 5
 
 
+def test_a_finished_run_that_is_taken_up_again_knows_which_step_its_weights_are_of(tmp_path):
+    changes = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    changes |= dict(eval_strategy="steps", eval_steps=1, eval_dataset=tiny.dataset(4))
+    first = build(tmp_path, **changes)
+    first.train()
+    again = build(tmp_path, **changes)
+    again.train(resume_from_checkpoint=True)
+    assert again.weights_step == first.weights_step == first.state.best_global_step
+
+
 def full_disk(monkeypatch, name, *, from_step):
     """Writing files of this name fails from a step on, after half of the file, as on a full disk."""
     save = torch.save
@@ -166,14 +200,16 @@ def test_a_copy_under_another_name_does_not_hide_why_a_checkpoint_failed(tmp_pat
         build(tmp_path).train()
 
 
-def test_a_push_that_fails_leaves_the_checkpoint_that_was_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("suspicion", [None, "something is missing"])
+def test_a_push_that_fails_leaves_the_checkpoint_that_was_written(tmp_path, monkeypatch, suspicion):
     def refuse(self, folder):
         raise ConnectionError("the Hub is out of office")
 
     trainer = build(tmp_path)
     trainer.args.push_to_hub = True
     monkeypatch.setattr(type(trainer), "_push_from_checkpoint", refuse)
-    with pytest.raises(ConnectionError, match="out of office"):
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="out of office"):
+        patch.setattr(checkpoints, "find_fault", lambda folder: suspicion)
         trainer.train()
     assert find_fault(tmp_path / "checkpoint-1") is None
 

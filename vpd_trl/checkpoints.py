@@ -79,11 +79,9 @@ def find_fault(checkpoint: str | Path) -> str | None:
         checkpoint: The folder. Of what each process saves for itself, this process's is looked for.
     """
     folder = Path(checkpoint)
-    try:
-        json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / TRAINER_STATE).exists():
         return f"{TRAINER_STATE}, which is written last, is missing"
-    except ValueError:
+    if not _is_json(folder / TRAINER_STATE):
         return f"{TRAINER_STATE} is cut off"
     if not _has_any(folder, _WEIGHTS):
         return "it has no weights"
@@ -106,6 +104,14 @@ def _has_any(folder: Path, patterns: tuple[str, ...]) -> bool:
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _is_whole_safetensors(path: Path) -> bool:
     """Whether a file is as long as its header says."""
     try:
@@ -126,13 +132,14 @@ def _shards(index: Path) -> set[str]:
 
 
 def _expected(folder: Path) -> list[str]:
-    """Files that a checkpoint with our state has for this process beside the model."""
+    """Files that a checkpoint with our state has for this process beside the model and its optimizer."""
     if not (folder / state.STATE_FILE).exists():  # save_only_model, or of another trainer
         return []
     saved = torch.load(folder / state.STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
     processes = saved.get("geometry", {}).get("processes", 1)
     rank = PartialState().process_index
-    expected = ["scheduler.pt"]
+    # A scheduler of DeepSpeed's own is in its folder
+    expected = [] if _has_any(folder, ("global_step*",)) else ["scheduler.pt"]
     if rank < processes:
         expected.append("rng_state.pth" if processes == 1 else f"rng_state_{rank}.pth")
         if saved.get("within_rollout_batch", False):
@@ -179,11 +186,16 @@ def load_finished(trainer: VPDTrainer, checkpoint: str) -> TrainOutput:
         ValueError: If an engine shards the model, which can't be loaded before training then.
     """
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(f"{checkpoint} is of the last step: there is nothing left to train.")
+        raise ValueError(
+            f"{checkpoint} is of the last step: there is nothing left to train. Its weights are in that folder; where they "
+            "are sharded, accelerate merge-weights or DeepSpeed's zero_to_fp32.py makes one model of them."
+        )
     trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE))
     best = trainer.state.best_model_checkpoint
     folder = best if trainer.args.load_best_model_at_end and best is not None else checkpoint
     trainer._load_from_checkpoint(folder)
+    if folder == best:
+        trainer.weights_step = trainer.state.best_global_step
     if trainer.parts.uses_feedback:
         state.load_teacher(trainer, folder)
     losses = [row["train_loss"] for row in trainer.state.log_history if "train_loss" in row]
@@ -203,13 +215,13 @@ def writing(trainer: VPDTrainer, folder: str) -> Iterator[None]:
     """
     if trainer.args.should_save:
         # A run that reuses the folder would leave an earlier run's state beside its own weights if it were killed now
-        Path(folder, TRAINER_STATE).unlink(missing_ok=True)
+        for name in (TRAINER_STATE, state.STATE_FILE):
+            Path(folder, name).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
-        fault = find_fault(folder)
-        if fault is None or not trainer.args.should_save:
-            raise  # it was written; something else failed, such as a push
+        if not trainer.args.should_save or _is_json(Path(folder, TRAINER_STATE)):
+            raise  # what is written last was written; something else failed, such as a push
         message = _why_not(folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(message) from error

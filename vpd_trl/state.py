@@ -54,13 +54,16 @@ def _geometry(trainer: VPDTrainer) -> dict[str, int]:
 
 
 def _state_dict(trainer: VPDTrainer) -> dict[str, Any]:
-    state: dict[str, Any] = {"step": trainer._step, "epoch": trainer.state.epoch or 0.0}
+    state: dict[str, Any] = {
+        "step": trainer._step,
+        "epoch": trainer.state.epoch or 0.0,
+        "geometry": _geometry(trainer),
+    }
     if trainer.parts.uses_feedback:
         state |= {
             "teacher_kind": trainer.args.teacher,
             "prior_kind": trainer.args.prior,
             "rollout_batches": trainer.rollout_batches,
-            "geometry": _geometry(trainer),
             "within_rollout_batch": trainer._step % trainer._generate_every != 0,
             "teacher": trainer.teacher.state_dict(),
             "prior": trainer.prior.state_dict(),
