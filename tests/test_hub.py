@@ -11,9 +11,9 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests import hub_server, tiny
+from tests import hub_server, tiny, tiny_vision
 from vpd_trl import VPDConfig, VPDTrainer
 from vpd_trl.cli import main
 
@@ -122,6 +122,41 @@ def test_a_student_that_is_an_adapter_is_alone_at_the_top_and_loads_back_with_it
     student = AutoPeftModelForCausalLM.from_pretrained("tester/out")
     assert torch.equal(logits(student), logits(trainer.model))
     assert not torch.allclose(logits(student), teachers_logits(trainer), atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["shared", "lora"])
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["weights", "adapter"])
+def test_a_vision_language_student_loads_back_by_the_cards_own_code(hub, tmp_path, adapter, teacher):
+    model, processor = tiny_vision.llava()
+    model.save_pretrained(tmp_path / "base")
+    trainer = pushing(
+        tmp_path / "out",
+        mdl=AutoModelForImageTextToText.from_pretrained(tmp_path / "base"),
+        tok=processor,
+        data=tiny_vision.dataset(),
+        max_steps=1,
+        hub_always_push=False,
+        save_strategy="no",
+        teacher=teacher,
+        peft_config=adapter and LoraConfig(**adapter),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    card = ModelCard(hub.files["tester/out"]["README.md"].decode())
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert str(tmp_path) not in card.content
+    code = card.text.split("```python\n")[1].split("```")[0]
+    scope = {}
+    exec(code.split("\n\n# The teacher")[0], scope)
+    assert type(scope["processor"]) is type(processor)
+    base = scope["student"].get_base_model() if adapter else scope["student"]
+    assert type(base) is type(model)
+    assert torch.equal(logits(scope["student"]), logits(trainer.model))
+    exec(code, scope)
+    assert ("teacher" in scope) == (teacher == "lora")
+    if teacher == "lora":
+        assert torch.allclose(logits(scope["teacher"]), teachers_logits(trainer), atol=1e-5)
+        assert not torch.allclose(logits(trainer.model), teachers_logits(trainer), atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "every_save", "end"])

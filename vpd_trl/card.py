@@ -161,7 +161,7 @@ def write(trainer: VPDTrainer, method: Callable, model_name: Any, dataset_name: 
         data, base = theirs.data, base_model(trainer)
         data.base_model, data.datasets, data.model_name = base, hub_name(dataset_name), model_name
         data.library_name = "peft" if is_peft_model(trainer.model) else "transformers"
-        data.pipeline_tag = "text-generation"
+        data.pipeline_tag = "image-text-to-text" if trainer._is_vlm else "text-generation"
         data.tags = sorted(set(data.tags or []))  # TRL's are in the order of a set
         data.pop("licence")  # a placeholder that names none
         body = "\n\n".join(_sections(trainer, theirs.text, model_name, base, dataset_name))
@@ -271,17 +271,24 @@ def _target(args: VPDConfig) -> str:
 def _loading(trainer: VPDTrainer, base: str | None) -> str:
     """Code that loads the student, and the teacher where it has weights of its own in the repository."""
     place, student_adapter = trainer.hub_model_id or Path(trainer.args.output_dir).name, is_peft_model(trainer.model)
-    with_teacher = saves_adapter(trainer)
-    lines = ["from peft import PeftModel"] if with_teacher and not student_adapter else []
-    lines += ["from peft import AutoPeftModelForCausalLM" + (", PeftModel" if with_teacher else "")] * student_adapter
-    imports = "AutoTokenizer" if student_adapter else "AutoModelForCausalLM, AutoTokenizer"
-    loader = "AutoPeftModelForCausalLM" if student_adapter else "AutoModelForCausalLM"
+    with_teacher, vision = saves_adapter(trainer), trainer._is_vlm
+    auto, kind = ("AutoModelForImageTextToText", "Processor") if vision else ("AutoModelForCausalLM", "Tokenizer")
+    peft, classes, load = [], [auto], [f"student = {auto}.from_pretrained(name)"]
+    if student_adapter and vision:  # PEFT has no class that loads both at once
+        peft = ["PeftConfig", "PeftModel"]
+        load = [f"base = {auto}.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)"]
+        load += ["student = PeftModel.from_pretrained(base, name)"]
+    elif student_adapter:
+        peft, classes = ["AutoPeftModelForCausalLM"], []
+        load = ["student = AutoPeftModelForCausalLM.from_pretrained(name)"]
+    peft += ["PeftModel"] * (with_teacher and "PeftModel" not in peft)
+    lines = [f"from peft import {', '.join(peft)}"] * bool(peft)
     lines += [
-        f"from transformers import {imports}",
+        f"from transformers import {', '.join([*classes, f'Auto{kind}'])}",
         "",
         f"name = {json.dumps(place)}",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        f"student = {loader}.from_pretrained(name)",
+        f"{kind.lower()} = Auto{kind}.from_pretrained(name)",
+        *load,
     ]
     if with_teacher:
         lines += ["", "# The teacher that the student learned from; its prompts hold feedback"]
