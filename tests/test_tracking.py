@@ -213,6 +213,18 @@ def test_the_table_in_markdown_holds_so_many_rollouts_and_no_more():
     assert completions_table(empty) == ""
 
 
+def test_tool_calls_are_in_a_conversations_text():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    asks = {"role": "assistant", "content": "Let me add.", "tool_calls": [call, call]}
+    turns = [{**asks, "content": None, "tool_calls": [call]}, {"role": "tool", "name": "add", "content": "sum 3"}]
+    turns += [{"role": "assistant", "content": " <think>so</think>3\n", "tool_calls": None}]
+    shown = "[call] add(a=1, b=2)"
+    assert as_text(turns) == f"assistant: {shown}\ntool: sum 3\nassistant:  <think>so</think>3\n"
+    assert as_text([asks]) == f"Let me add.\n{shown}\n{shown}"
+    logs = {"prompt": ["1+2="], "completion": [turns], "rewards": {}, "extra": {}, "advantages": [0.5]}
+    assert "| assistant: &#91;call&#93; add(a=1, b=2)<br>tool: " in completions_table(logs)
+
+
 def test_the_readme_says_what_a_run_is_tracked_with(tmp_path):
     section = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("## Tracking")[1]
     section = section.split("\n## ")[0]

@@ -10,6 +10,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .markdown import cell, table
 from .text import text_of
+from .tools import trajectory_text
 
 
 if TYPE_CHECKING:
@@ -68,10 +69,13 @@ def completions_table(logs: dict[str, Any]) -> str:
 
 
 def as_text(messages: str | list[dict[str, Any]]) -> str:
-    """A prompt or a completion as text; of a conversation of several turns with their roles."""
+    """A prompt or a completion as text, with calls of tools; of a conversation of several turns with their roles."""
     if isinstance(messages, str):
         return messages
-    texts = [text_of(message.get("content")) for message in messages]
+    texts = [
+        trajectory_text([message], thinking=True) if message.get("tool_calls") else text_of(message.get("content"))
+        for message in messages
+    ]
     if len(texts) == 1:
         return texts[0]
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
