@@ -32,20 +32,23 @@ def padded(lengths, prompt=7, completion=9, *, holes=False):
 LENGTHS = [(7, 2), (3, 9), (1, 1), (5, 5), (2, 0)]
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("holes", [False, True])
-def test_what_a_network_says_of_the_targets_is_as_without_compacting(tokenizer, holes):
+def test_what_a_network_says_of_the_targets_is_as_without_compacting(tokenizer, holes, whole):
     model = tiny.model(tokenizer).eval()
     batch = padded(LENGTHS, holes=holes)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     targets = torch.cat([torch.zeros_like(batch["prompt_mask"]), loss_mask(batch)], dim=1).bool()
-    columns, mask, predicts = compact(attention, targets)
+    columns, mask, predicts = compact(attention, targets, whole=whole)
     with torch.no_grad():
         plain = model(input_ids=ids, attention_mask=attention).logits[:, :-1][targets[:, 1:]]
         short = model(input_ids=ids.gather(1, columns), attention_mask=mask).logits[predicts]
     torch.testing.assert_close(short, plain, atol=1e-5, rtol=1e-4)
     last = [max((i + 1 for i in range(9) if loss_mask(batch)[row, i]), default=0) for row in range(len(LENGTHS))]
     needed = [p + t - 1 if t else 1 for (p, _), t in zip(LENGTHS, last, strict=True)]
+    if whole:
+        needed = [p + t for p, t in LENGTHS]
     assert columns.size(1) == max(needed)
     assert mask.sum(1).tolist() == needed
 
@@ -58,7 +61,9 @@ def test_rows_without_any_target_cost_one_token_or_stay_whole(tokenizer):
     assert columns.shape == (2, 1)
     assert mask.tolist() == [[1], [1]]
     assert not predicts.any()
-    assert compact(attention, targets, whole=True)[1].sum(1).tolist() == [6, 2]
+    columns, mask, predicts = compact(attention, targets, whole=True)
+    assert mask.sum(1).tolist() == [7, 3]
+    assert not predicts.any()
 
 
 def test_groups_stay_within_their_budget_and_a_long_row_goes_alone():

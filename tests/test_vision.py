@@ -85,6 +85,28 @@ def test_other_images_change_what_their_own_rows_score(tmp_path, vision):
         assert differs == [False, True, False, False]
 
 
+def test_an_image_behind_the_last_token_of_the_student_s_own_is_no_obstacle(tmp_path):
+    """As in a last tool result that the student wrote nothing after."""
+    model, processor = tiny_vision.llava()
+    trainer = build(tmp_path, (model, processor))
+    trainer.train()
+    batch = dict(trainer._buffered_inputs[0])
+    n, image = len(batch["completion_ids"]), processor.tokenizer.convert_tokens_to_ids("<image>")
+    completion = torch.tensor([[5, 6, *[image] * 4]] * n)
+    batch |= {"completion_ids": completion, "completion_mask": torch.ones_like(completion)}
+    batch |= {"tool_mask": torch.tensor([[1, 1, 0, 0, 0, 0]] * n), "num_images": [2] * n}
+    batch["pixel_values"] = batch["pixel_values"].repeat_interleave(2, dim=0)
+    trainer.model.eval()
+    inputs = {
+        "input_ids": torch.cat([batch["prompt_ids"], completion], dim=1),
+        "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+    }
+    with torch.no_grad():
+        logits = trainer.model(**inputs, pixel_values=batch["pixel_values"]).logits[:, -7:-5]
+    expected = logits.log_softmax(-1).gather(-1, completion[:, :2, None]).squeeze(-1)
+    torch.testing.assert_close(trainer.scorer.frozen_logps(batch)[:, :2], expected)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

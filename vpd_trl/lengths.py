@@ -26,7 +26,7 @@ def compact(
     Args:
         attention_mask: (B, L), 1 on tokens.
         targets: (B, L) boolean, tokens that are predicted from those before them; never the first of a row.
-        whole: Keep all tokens of rows without a target.
+        whole: Leave nothing out.
 
     Returns:
         The columns (B, W) that the network's input takes its tokens from; its attention mask (B, W); and boolean, where
@@ -34,16 +34,18 @@ def compact(
     """
     length = targets.size(1)
     end = length - targets.flip(1).to(torch.uint8).argmax(dim=1)  # one behind the last target
-    end = torch.where(targets.any(dim=1), end, length if whole else 0).unsqueeze(1)
-    needed = attention_mask.bool() & (torch.arange(length, device=targets.device) < end)
+    end = torch.where(targets.any(dim=1), end, 0).unsqueeze(1)
+    needed = attention_mask.bool() & (whole | (torch.arange(length, device=targets.device) < end))
     width = max(int(needed.sum(dim=1).max()), 2)
     # A stable sort keeps the order of what is needed, and puts it last
     order = needed.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
     kept = needed.gather(1, order)
-    predicts = (targets.gather(1, order) & kept)[:, 1:]
-    attended = kept[:, :-1].clone()
+    predicts = torch.nn.functional.pad((targets.gather(1, order) & kept)[:, 1:], (0, 1))
+    if not whole:  # nothing is predicted from the last one
+        order, kept, predicts = order[:, :-1], kept[:, :-1], predicts[:, :-1]
+    attended = kept.clone()
     attended[:, -1] |= ~attended.any(dim=1)  # attention to nothing at all is not a number
-    return order[:, :-1], attended.to(attention_mask.dtype), predicts
+    return order, attended.to(attention_mask.dtype), predicts
 
 
 def row_lengths(batch: Batch, *, teacher: bool) -> torch.Tensor:
