@@ -8,6 +8,7 @@ from PIL import Image
 from tests import tiny, tiny_vision
 from vpd_trl import Feedback
 from vpd_trl.batch import pieces_of, rows_of
+from vpd_trl.evaluation import Evaluation
 from vpd_trl.feedback import SelfCritiqueFeedback
 from vpd_trl.prompts import check_prompt
 from vpd_trl.text import with_text
@@ -148,6 +149,19 @@ def test_a_feedback_function_that_asks_the_student_shows_it_the_image(tmp_path, 
 def test_a_model_of_text_alone_is_not_given_images_silently(tmp_path):
     with pytest.raises(ValueError, match=r"has images \(images\), but the model is shown text alone"):
         tiny.trainer(tmp_path, data=tiny_vision.dataset())
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_an_evaluation_that_would_not_see_its_images_is_refused(tmp_path, column):
+    rows = [{"prompt": "Colour?", column: Image.new("RGB", (2, 2))}]
+    evaluations = {
+        "a": Evaluation([{"prompt": "1+1="}], tiny.parity_reward),
+        "b": Evaluation(rows, tiny.parity_reward),
+    }
+    with pytest.raises(ValueError, match=rf"evaluation 'b' has images \({column}\), but .* text alone.*eval_dataset"):
+        build(tmp_path, tiny_vision.llava(), evaluation=evaluations)
+    with pytest.raises(ValueError, match=rf"^evaluation has images \({column}\)"):
+        build(tmp_path, tiny_vision.llava(), evaluation=evaluations["b"])
 
 
 def test_rows_take_along_the_pixels_of_their_images_in_every_layout():

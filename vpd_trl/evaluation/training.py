@@ -47,16 +47,22 @@ class TrainingEvaluation:
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If the trainer can't sample for it, or `metric_for_best_model` is not among its metrics and nothing
-            else is evaluated.
+        ValueError: If it has images, the trainer can't sample for it, or `metric_for_best_model` is not among its
+            metrics and nothing else is evaluated.
     """
 
     def __init__(self, trainer: VPDTrainer, evaluations: Evaluations) -> None:
         several = dict(evaluations) if isinstance(evaluations, Mapping) else {"": evaluations}
-        for evaluation in several.values():
+        for name, evaluation in several.items():
             if not isinstance(evaluation, Evaluation):
                 raise TypeError(
                     f"evaluation must be an Evaluation, or several by name; got {type(evaluation).__name__}."
+                )
+            if images := sorted({"image", "images"} & evaluation.rows[0].keys()):
+                raise ValueError(
+                    f"evaluation{f' {name!r}' if name else ''} has images ({', '.join(images)}), but evaluations are "
+                    "of text alone, and the student would not see them. Remove the column, or use eval_dataset, where "
+                    "GRPO's own evaluation shows them."
                 )
         self.trainer = trainer
         longest = trainer.args.max_completion_length
