@@ -339,6 +339,53 @@ def test_a_schedule_free_optimizer_evaluates_its_own_weights(tmp_path, tokenizer
     assert switched == [True]
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Its weights for evaluation are others than those for training."""
+
+    shift = 0.0
+
+    def _to(self, shift):
+        with torch.no_grad():
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                parameter += shift - self.shift
+        self.shift = shift
+
+    def train(self):
+        self._to(0.0)
+
+    def eval(self):
+        self._to(0.5)
+
+
+def test_rollouts_after_a_schedule_free_optimizer_s_evaluation_are_of_its_training_weights(tmp_path, tokenizer):
+    model = tiny.model(tokenizer)
+    optimizer = ScheduleFree(model.parameters(), lr=1e-3)
+    trainer = tiny.trainer(
+        tmp_path,
+        tok=tokenizer,
+        mdl=model,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+        vllm_max_model_length=100,
+        **EVERY_STEP,
+        evaluation=evaluation(),
+    )
+    trainer.use_vllm, trainer._last_loaded_step, trainer.vllm_importance_sampling_correction = True, -1, False
+    vllm = trainer.vllm_generation = VLLM(trainer, "colocate")
+    from vpd_trl.evaluation.training import TrainingEvaluation
+
+    trainer.evaluation = TrainingEvaluation(trainer, evaluation())
+    shifts, generate = [], vllm.generate
+
+    def noted(**arguments):
+        assert tiny.same(vllm.synced[-1], tiny.weights(trainer))
+        shifts.append(optimizer.shift)
+        return generate(**arguments)
+
+    vllm.generate = noted
+    trainer.train()
+    assert shifts == [0.0, 0.5] * 3
+
+
 # ---- Several processes
 
 

@@ -83,9 +83,11 @@ class TrainingEvaluation:
         """
         trainer = self.trainer
         metrics: dict[str, float] = {}
-        if callable(getattr(trainer.optimizer, "eval", None)):  # a schedule-free optimizer has weights for evaluation
+        # A schedule-free optimizer has weights for evaluation; vLLM needs these now, and those for training afterwards
+        own_weights = callable(getattr(trainer.optimizer, "eval", None))
+        if own_weights:
             trainer.optimizer.eval()
-            trainer._last_loaded_step = -1  # and vLLM needs both
+            trainer._last_loaded_step = -1
         with random_state_kept(trainer.accelerator.device), scoring_mode(trainer.model):
             for name, evaluation in self.evaluations.items():
                 self._seed(evaluation.sampling.seed)
@@ -100,6 +102,8 @@ class TrainingEvaluation:
                 start = f"{prefix}_{name}_" if name else f"{prefix}_"
                 values = {**result.metrics, "truncated": result.truncated, "mean_tokens": result.mean_tokens}
                 metrics |= {start + key: value for key, value in values.items()}
+        if own_weights:
+            trainer._last_loaded_step = -1
         # Not GRPOTrainer's `log`: it would take along, and forget, what has gathered of the next training step's metrics
         Trainer.log(trainer, dict(metrics))
         trainer.control = trainer.callback_handler.on_evaluate(
