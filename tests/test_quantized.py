@@ -107,6 +107,23 @@ def test_three_and_three_steps_of_a_qlora_run_are_six(folder, tmp_path):
 
 
 @pytest.mark.parametrize("bits", QUANTIZED)
+@pytest.mark.parametrize("given", ["argument", "dict", "model_init_kwargs", "dict in model_init_kwargs", "model"])
+def test_vllm_is_refused_with_a_quantized_student_however_it_is_given(folder, tmp_path, bits, given):
+    quantization = QUANTIZED[bits] if "dict" in given else BitsAndBytesConfig(**QUANTIZED[bits])
+    changes = {"mdl": str(folder), "use_vllm": True}
+    if "model_init_kwargs" in given:
+        changes["model_init_kwargs"] = {"quantization_config": quantization}
+    elif given == "model":
+        changes["mdl"] = tiny.model(tiny.tokenizer())
+        changes["mdl"].config.quantization_config = quantization
+    else:
+        changes["quantization_config"] = quantization
+    number = {"nf4": 4, "int8": 8}[bits]
+    with pytest.raises(ValueError, match=f"which can't be done with a model in {number} bits"):
+        tiny.trainer(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("bits", QUANTIZED)
 def test_a_quantized_student_without_an_adapter_is_refused(folder, tmp_path, bits):
     with pytest.raises(ValueError, match=r"purely quantized|quantized"):
         build(folder, tmp_path, bits, peft_config=None).train()

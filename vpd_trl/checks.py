@@ -89,18 +89,31 @@ def check_arguments(
             f"method={args.method!r} learns from feedback, so it needs feedback_fn: {_SHIPPED}, or write a function "
             "that returns one str, Feedback or None per rollout. Without feedback, use method='grpo'."
         )
-    quantization = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
-    four_bit = getattr(quantization, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False)
-    if args.use_vllm and four_bit:
+    bits = _bits(args, model, quantization_config)
+    if args.use_vllm and bits is not None:
         raise ValueError(
-            "use_vllm=True sends merged weights to vLLM, which can't be done with a model in 4 bits. Load the model "
-            "in 16 bits, or generate with transformers (use_vllm=False)."
+            f"use_vllm=True sends merged weights to vLLM, which can't be done with a model in {bits} bits. Load the "
+            "model in 16 bits, or generate with transformers (use_vllm=False)."
         )
     columns = getattr(dataset, "column_names", None)
     if columns is not None:  # a stream may not know
         _check_columns(columns, feedback, environment_factory)
     if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
         check_prompt(dataset[0]["prompt"])
+
+
+def _bits(args: VPDConfig, model: Any, quantization_config: Any) -> int | None:
+    """The bits that bitsandbytes has put the model's weights into, or will, or `None`."""
+    configs = (
+        quantization_config,
+        (args.model_init_kwargs or {}).get("quantization_config"),
+        getattr(getattr(model, "config", None), "quantization_config", None),
+    )
+    for bits in (4, 8):
+        name = f"load_in_{bits}bit"
+        if any(c.get(name) if isinstance(c, dict) else getattr(c, name, False) for c in configs):
+            return bits
+    return None
 
 
 def _check_dataset_size(args: VPDConfig, dataset: Any) -> None:
