@@ -123,6 +123,13 @@ def test_vllm_is_refused_with_a_quantized_student_however_it_is_given(folder, tm
         tiny.trainer(tmp_path, **changes)
 
 
+def test_a_student_spread_over_devices_is_refused(tmp_path):
+    model = tiny.model(tiny.tokenizer())
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match=r"has put it on 0, 1\..*`accelerate launch`.*CUDA_VISIBLE_DEVICES"):
+        tiny.trainer(tmp_path, mdl=model)
+
+
 @pytest.mark.parametrize("bits", QUANTIZED)
 def test_a_quantized_student_without_an_adapter_is_refused(folder, tmp_path, bits):
     with pytest.raises(ValueError, match=r"purely quantized|quantized"):

@@ -211,7 +211,8 @@ def _check_engine(trainer: VPDTrainer) -> None:
     if len(devices) > 1:
         raise ValueError(
             f"method={args.method!r} needs the model on one device, and device_map has put it on "
-            f"{', '.join(sorted(map(str, devices)))}. Load it with device_map=None in model_init_kwargs."
+            f"{', '.join(sorted(map(str, devices)))}. Load it with device_map=None in model_init_kwargs; on "
+            "several GPUs, start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
     if args.teacher == "lora" and args.fp16:
         raise ValueError("teacher='lora' is not supported with fp16=True; use bf16=True or float32.")
