@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from examples.benchmarks import eight_billion, measures, report, run, setting
+from examples.benchmarks import eight_billion, measures, report, run
 
 
 def test_the_readmes_table_of_ratios_comes_from_the_results_files():
@@ -28,21 +28,20 @@ def test_every_results_file_says_how_it_was_made(path):
     assert {"torch", "transformers", "trl"} <= found["versions"].keys()
 
 
-def test_one_step_of_sdpo_takes_fewer_operations_and_pads_less_than_trls(monkeypatch):
-    model = setting.model
-    monkeypatch.setattr(setting, "model", lambda: model(hidden=64, layers=2))
+SMALL = {"steps": 1, "longest": 100, "hidden": 64, "layers": 2}
+
+
+def test_one_step_of_sdpo_takes_fewer_operations_and_pads_less_than_trls():
     paper = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 32}  # rows as in the recipes
-    ours, theirs = (measures.work(kind, steps=1, longest=100, **paper) for kind in ("sdpo", "trl sdpo"))
+    ours, theirs = (measures.work(kind, **SMALL, **paper) for kind in ("sdpo", "trl sdpo"))
     assert ours["real"] >= 0.95 > theirs["real"]
     assert ours["flops"] <= 0.8 * theirs["flops"]
-    half = measures.work("sdpo", steps=1, longest=100, coverage=0.5, **paper)
+    half = measures.work("sdpo", **SMALL, coverage=0.5, **paper)
     assert half["flops"] < 0.6 * ours["flops"]
 
 
-def test_an_e_step_takes_the_operations_that_the_page_adds_up(monkeypatch):
-    model = setting.model
-    monkeypatch.setattr(setting, "model", lambda: model(hidden=64, layers=2))
-    sdpo = measures.work("sdpo", steps=1, longest=100)
-    every = measures.work("vpd", steps=1, longest=100, e_step_frequency=1)
+def test_an_e_step_takes_the_operations_that_the_page_adds_up():
+    sdpo = measures.work("sdpo", **SMALL)
+    every = measures.work("vpd", **SMALL, e_step_frequency=1)
     # 5 more passes beside 4, the teacher's ones longer; the M-step has another two of the head
     assert 1.1 < (every["flops"] - sdpo["flops"]) / sdpo["flops"] < 1.2

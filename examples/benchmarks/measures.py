@@ -38,10 +38,12 @@ def work(
     coverage: float = 1.0,
     longest: int = 200,
     vocabulary: int = setting.WORDS + 2,
+    hidden: int = 256,
+    layers: int = 4,
     **changes: Any,
 ) -> dict[str, float]:
     """Operations of `steps` optimizer steps, and tokens that enter the network with the share that is no padding."""
-    network = setting.model(vocabulary=vocabulary)
+    network = setting.model(vocabulary=vocabulary, hidden=hidden, layers=layers)
     made = setting.trainer(
         kind, network, setting.questions(64, coverage=coverage), _folder(), max_steps=steps, **changes
     )

@@ -94,14 +94,17 @@ def growth() -> dict[str, Any]:
         "longest completion": [(n, {"longest": n}) for n in (50, 100, 200, 400)],
         "vocabulary": [(n, {"vocabulary": n, "longest": 50}) for n in (1_000, 4_000, 16_000, 64_000)],
     }
-    found = {axis: [{"at": at, **apart("work", "vpd", **o)} for at, o in points] for axis, points in axes.items()}
+    small = {"hidden": 64, "layers": 2}
+    found = {
+        axis: [{"at": at, **apart("work", "vpd", **small, **o)} for at, o in points] for axis, points in axes.items()
+    }
     # The same 64 rollouts, spread over processes: all of them together make as many operations as one
     found["processes"] = []
     for n in (1, 2, 4):
-        each = together(n, "work", "vpd", gradient_accumulation_steps=8 // n)
+        each = together(n, "work", "vpd", **small, gradient_accumulation_steps=8 // n)
         total = sum(entry["flops"] for entry in each)
         found["processes"].append({"at": n, "flops": total, "most of one": max(entry["flops"] for entry in each)})
-    return {"conditions": "as in work, vpd; all processes' operations", "axes": found}
+    return {"conditions": "as in work, vpd, but 2 layers and hidden size 64; all processes' operations", "axes": found}
 
 
 def estimate() -> dict[str, Any]:
