@@ -92,7 +92,7 @@ def growth() -> dict[str, Any]:
         # Of 8 prompts, in n micro-batches of 8 rows
         "rollouts per prompt": [(n, {"num_generations": n, "gradient_accumulation_steps": n}) for n in (4, 8, 16)],
         "longest completion": [(n, {"longest": n}) for n in (50, 100, 200, 400)],
-        "vocabulary": [(n, {"vocabulary": n, "longest": 50}) for n in (1_000, 4_000, 16_000, 64_000)],
+        "vocabulary": [(n, {"vocabulary": n, "longest": 50}) for n in (2_000, 8_000, 32_000)],
     }
     small = {"hidden": 64, "layers": 2}
     found = {
