@@ -67,7 +67,7 @@ def tables(found: dict[str, Any]) -> str:
     gib = 2**30
     lines = [
         "| engine | teacher | lasting | rollouts | targets | E-step | M-step | at most | on 80 GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for engine, teachers in found["engines"].items():
         for teacher, entry in teachers.items():

@@ -67,7 +67,14 @@ def chart(path: Path) -> None:
         y = [point["flops"] / 1e12 for point in points]
         panel.plot(x, y, marker="o", color="tab:blue", label="measured")
         if axis == "processes":
-            panel.plot(x, [point["most of one"] / 1e12 for point in points], marker="s", label="most of one process")
+            panel.plot(
+                x,
+                [point["most of one"] / 1e12 for point in points],
+                marker="s",
+                color="tab:orange",
+                label="of one process",
+            )
+            panel.set_xticks(x)
         # What a thing adds may be proportional to it beside what it doesn't touch
         slope = (y[1] - y[0]) / (x[1] - x[0])
         panel.plot(x, [y[0] + slope * (at - x[0]) for at in x], ls=":", color="0.5", label="straight line")
