@@ -10,7 +10,10 @@ from examples.benchmarks import eight_billion, measures, report, run
 
 def test_the_readmes_table_of_ratios_comes_from_the_results_files():
     text = report.README.read_text(encoding="utf-8")
-    assert text.split(f"{report.BEGIN}\n")[1].split(f"\n{report.END}")[0] == report.table()
+    table = report.table()
+    assert text.split(f"{report.BEGIN}\n")[1].split(f"\n{report.END}")[0] == table
+    assert table.startswith("| measured |")
+    assert all(line.count(" | ") == 3 for line in table.splitlines()[2:])
 
 
 def test_the_page_about_eight_billion_parameters_comes_from_its_results_file():

@@ -148,7 +148,7 @@ def test_what_cannot_work_raises_at_construction(tmp_path, changes, error, messa
 
 
 def test_a_model_in_four_bits_can_not_be_sent_to_vllm(tmp_path, model):
-    model.is_loaded_in_4bit = True
+    model.config.quantization_config = {"load_in_4bit": True}  # as of every model that bitsandbytes has quantized
     with pytest.raises(ValueError, match="model in 4 bits"):
         tiny.trainer(tmp_path, mdl=model, use_vllm=True)
 

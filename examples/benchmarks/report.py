@@ -34,9 +34,9 @@ def table() -> str:
         for coverage, found in work["sdpo"].items():
             what = f"`sdpo`, {coverage.replace('coverage 1', 'feedback on all').replace('coverage 0.5', 'feedback on half')}"
             add(f"| {what}: FLOPs of training | `SDPOTrainer` | {found['flops']:.2f} | ≤ 0.80 |")
-        for rows, real in work["real tokens by rows of a micro-batch"].items():
+        for size, real in work["real tokens by rows of a micro-batch"].items():
             shares = f"{real['ours']:.2f} (`SDPOTrainer` {real['trl']:.2f})"
-            add(f"| tokens in forward passes that are real, {rows} rows in a micro-batch | all | {shares} | ≥ 0.95 |")
+            add(f"| tokens in forward passes that are real, {size} rows in a micro-batch | all | {shares} | ≥ 0.95 |")
         add(f"| `vpd`, F = 5: FLOPs of training | `sdpo` | {work['vpd']['flops']:.2f} | ≤ 1.20 |")
         scored = work["vpd, scored"]["flops"]
         add(f"| the same where TRL scores rollouts, as with vLLM | `sdpo` | {scored:.2f} | ≤ 1.20 |")
