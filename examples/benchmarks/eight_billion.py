@@ -103,13 +103,13 @@ def tables(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a text into a page, between its marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def write() -> None:
-    """Put the tables into the page, between their marks."""
-    if not RESULT.exists():
-        return
-    text = PAGE.read_text(encoding="utf-8")
-    begin, end = "<!-- estimate -->", "<!-- /estimate -->"
-    before, _, rest = text.partition(begin)
-    PAGE.write_text(
-        f"{before}{begin}\n{tables(json.loads(RESULT.read_text()))}\n{end}{rest.partition(end)[2]}", encoding="utf-8"
-    )
+    """Put the tables into the page."""
+    if RESULT.exists():
+        put_between(PAGE, "<!-- estimate -->", "<!-- /estimate -->", tables(json.loads(RESULT.read_text())))

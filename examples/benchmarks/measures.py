@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,35 +174,39 @@ def import_time(name: str) -> float:
 # ---- In processes of their own
 
 
-def apart(function: str, *arguments: Any, **options: Any) -> Any:
-    """A measurement in a fresh process on one thread, so that none inherits another's memory or caches."""
+def _start(function: str, arguments: Any, options: Any, **variables: str) -> subprocess.Popen[str]:
+    """A measurement in a fresh process on one thread, without a GPU."""
     call = json.dumps({"function": function, "arguments": arguments, "options": options})
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
     command = [sys.executable, "-m", "examples.benchmarks.measures", call]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-    if done.returncode:
-        raise RuntimeError(f"{function}{arguments} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+
+
+def _result(process: subprocess.Popen[str]) -> Any:
+    output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{list(process.args)[-1]} failed:\n{errors[-3000:]}")
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def apart(function: str, *arguments: Any, **options: Any) -> Any:
+    """A measurement in a process of its own, so that none inherits another's memory or caches."""
+    return _result(_start(function, arguments, options))
 
 
 def together(processes: int, function: str, *arguments: Any, **options: Any) -> list[Any]:
     """A measurement in several processes that train together on the CPU, one result of each."""
-    call = json.dumps({"function": function, "arguments": arguments, "options": options})
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    command = [sys.executable, "-m", "examples.benchmarks.measures", call]
+        port = str(free.getsockname()[1])
+    size = str(processes)
+    common = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env | {"RANK": r, "LOCAL_RANK": r})
-        for r in map(str, range(processes))
+        _start(function, arguments, options, **common, RANK=r, LOCAL_RANK=r) for r in map(str, range(processes))
     ]
-    outputs = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise RuntimeError(f"{function}{arguments} failed in one of {processes} processes")
-    return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+    with ThreadPoolExecutor(processes) as pool:  # read at the same time: one that can't write on stops the others
+        return list(pool.map(_result, started))
 
 
 def side_by_side(repeats: int, function: str, *cases: tuple[Any, dict[str, Any]]) -> list[list[Any]]:

@@ -86,10 +86,7 @@ def chart(path: Path) -> None:
 
 
 def write() -> None:
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    eight_billion.put_between(README, BEGIN, END, table())
     chart(RESULTS / "growth.png")
     eight_billion.write()
     print(table())
