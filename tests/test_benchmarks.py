@@ -46,5 +46,5 @@ def test_one_step_of_sdpo_takes_fewer_operations_and_pads_less_than_trls():
 def test_an_e_step_takes_the_operations_that_the_page_adds_up():
     sdpo = measures.work("sdpo", **SMALL)
     every = measures.work("vpd", **SMALL, e_step_frequency=1)
-    # 5 more passes beside 4, the teacher's ones longer; the M-step has another two of the head
-    assert 1.1 < (every["flops"] - sdpo["flops"]) / sdpo["flops"] < 1.2
+    # 5 more passes of the layers beside 4, and 6 of the head beside 4, the teacher's ones longer
+    assert 1.4 < (every["flops"] - sdpo["flops"]) / sdpo["flops"] < 1.5

@@ -73,7 +73,7 @@ def test_operations_are_those_that_training_makes(tmp_path, method, changes):
         made.train()
     expected = sum(estimate(plan_of(made)).flops.values()) * batches
     # TRL's own passes take the last token too, and on a CPU apply the head to prompts as well
-    tolerance = 1e-3 if method in ("vpd", "sdpo") and made.args.steps_per_generation == 2 else 0.12
+    tolerance = 1e-3 if method in ("vpd", "sdpo") and made.args.steps_per_generation == 2 else 0.17
     assert counter.get_total_flops() == pytest.approx(expected, rel=tolerance)
 
 

@@ -167,10 +167,8 @@ def test_what_a_row_without_feedback_contains_changes_nothing(tmp_path, normaliz
 
     tokens = batch["completion_mask"].sum(-1)
     counted = tokens if normalization == "all" else tokens[batch["has_feedback"]]
-    per_token, _, _ = trainer.scorer.divergence(
-        trainer.model, batch, loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)
-    )
-    assert loss.item() == pytest.approx((per_token.divergence.sum() / counted.sum()).item(), rel=1e-5)
+    found = trainer.scorer.distill(trainer.model, batch, loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1))
+    assert loss.item() == pytest.approx((found.divergence.sum() / counted.sum()).item(), rel=1e-5)
 
 
 def test_a_micro_batch_without_feedback_has_zero_gradients_for_every_weight(tmp_path):
@@ -353,9 +351,9 @@ def test_the_teachers_head_is_the_averages_too(tmp_path):
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight.mul_(3.0)
     mask = loss_mask(batch).bool()
-    moved = trainer.scorer.divergence(trainer.model, batch, mask)[0].divergence
+    moved = trainer.scorer.distill(trainer.model, batch, mask).divergence
     trainer.teacher.average.move_towards(1.0)
-    followed = trainer.scorer.divergence(trainer.model, batch, mask)[0].divergence
+    followed = trainer.scorer.distill(trainer.model, batch, mask).divergence
     assert moved.mean() > 2 * followed.mean()
 
 

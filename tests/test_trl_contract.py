@@ -6,8 +6,7 @@ import pytest
 import trl
 from transformers import Trainer
 from trl import GRPOTrainer
-from trl.kernels import ChunkedLogProbFunction
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels import ChunkedLogProbFunction, chunked_divergence, chunked_logprob
 from trl.models.utils import _ForwardRedirection
 from trl.trainer import utils
 
@@ -45,11 +44,9 @@ HOOKS = [
     (utils.start_event_loop_in_daemon, "name"),
     (utils.shutdown_event_loop_in_daemon, "thread loop"),
     (_ForwardRedirection.__call__, "self wrapper_module original_module method args kwargs"),
-    (
-        ChunkedDivergenceFunction.forward,
-        "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
-        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
-    ),
+    (chunked_divergence._project, "tile hidden_chunk weight bias start end dtype"),
+    (chunked_logprob._addmm_fp32, "acc a b"),
+    (utils.maybe_gather_lm_head_ctx, "params"),
     (
         ChunkedLogProbFunction.forward,
         "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",

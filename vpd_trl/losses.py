@@ -13,17 +13,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from trl.kernels import ChunkedLogProbFunction
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-
-# Tokens whose logits exist at one time in `topk_divergence`: 128 × 151,936 float32 logits are 78 MB
-TOPK_CHUNK_SIZE = 128
 
 VOCABULARY_TILE = 32768
 
-# Tokens at one time on a CPU, where those functions hold eight tiles of float32 logits: 268 MB
+# Tokens at one time on a CPU, where TRL's function holds eight tiles of float32 logits: 268 MB
 CPU_CHUNK_SIZE = 256
 
 
@@ -40,27 +35,16 @@ class Head(NamedTuple):
     softcap: float | None = None
     temperature: float = 1.0
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) of hidden states (N, H), divided by the temperature, at least float32."""
-        z = F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
-        z = (z if z.dtype == torch.float64 else z.float()) * self.scale
+    def shaped(self, product: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V), divided by the temperature, from h Wᵀ + b of the same shape."""
+        z = product * self.scale if self.scale != 1.0 else product
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
-        return z / self.temperature
+        return z / self.temperature if self.temperature != 1.0 else z
 
     def kept(self, keep: Callable[[torch.Tensor], torch.Tensor]) -> Head:
         """The head with `keep(tensor)` of its weights."""
         return self._replace(weight=keep(self.weight), bias=None if self.bias is None else keep(self.bias))
-
-    def sharpened(self, temperature: float) -> Head:
-        """
-        The head whose logits are those of this one divided by `temperature`: its probabilities are q^(1/`temperature`),
-        normalised.
-
-        `temperature` stays a field that student and teacher have in common.
-        """
-        softcap = None if self.softcap is None else self.softcap / temperature
-        return self._replace(scale=self.scale / temperature, softcap=softcap)
 
     def token_logps(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (N,) of the tokens (N,) that follow hidden states (N, H), on tiles of the vocabulary."""
@@ -125,105 +109,31 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (weight * torch.where(weight > 0, p - q, 0.0)).sum(-1)
 
 
-def top_k_logps(logits: torch.Tensor, indices: torch.Tensor, *, tail: bool) -> torch.Tensor:
+def top_k_logps(logps: torch.Tensor, indices: torch.Tensor, *, tail: bool) -> torch.Tensor:
     """
-    Log-probabilities of the k events at `indices` (N, k) under `logits` (N, V).
+    Log-probabilities of the k events at `indices` (N, k) of a distribution `logps` (N, V).
 
-    With `tail` they are of the full distribution, and one more event holds all the others: (N, k + 1), or (N, k) if
-    there are no others. Without, the k are a distribution of their own. The tail is summed up, not 1 − Σ: what float32
-    leaves of that difference is noise once the k hold nearly everything.
+    With `tail`, one more event holds all the others: (N, k + 1), or (N, k) if there are no others. Without, the k are
+    a distribution of their own. The tail is summed up, not 1 − Σ: what float32 leaves of that difference is noise once
+    the k hold nearly everything.
     """
-    chosen = logits.gather(-1, indices)
+    chosen = logps.gather(-1, indices)
     if not tail:
         return chosen.log_softmax(-1)
-    if indices.size(-1) < logits.size(-1):
-        others = logits.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
-        chosen = torch.cat([chosen, others], dim=-1)
-    return chosen - logits.logsumexp(-1, keepdim=True)
-
-
-class TokenDivergence(NamedTuple):
-    """Per-token divergence (N,) with gradient to the student, and the student's entropy (N,) without; nats."""
-
-    divergence: torch.Tensor
-    entropy: torch.Tensor
-
-
-def fused_divergence(
-    student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, student: Head, teacher: Head, *, alpha: float
-) -> TokenDivergence:
-    """
-    `divergence` over the full vocabulary, from hidden states (N, H) of both, on tiles: the (N, V) logits never exist.
-
-    The work is done by TRL's `ChunkedDivergenceFunction`; both heads must have the same temperature.
-    """
-    chunks = [
-        ChunkedDivergenceFunction.apply(
-            s,
-            student.weight,
-            student.bias,
-            t,
-            # Has no gradient to these. Not detached: an engine that shards weights knows them by who they are
-            teacher.weight,
-            teacher.bias,
-            float(alpha),
-            student.temperature,
-            student.scale,
-            student.softcap,
-            teacher.scale,
-            teacher.softcap,
-        )
-        for s, t in zip(_tiles(student_hidden), _tiles(teacher_hidden.detach()), strict=True)
-    ]
-    return TokenDivergence(*(chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))))
+    if indices.size(-1) == logps.size(-1):
+        return chosen
+    others = logps.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([chosen, others], dim=-1)
 
 
 def _tiles(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Without Triton's kernels, TRL's functions hold eight tiles of the logits at one time: make them low."""
+    """Without Triton's kernels, TRL's function holds eight tiles of the logits at one time: make them low."""
     return rows.split(CPU_CHUNK_SIZE) if rows.device.type == "cpu" and len(rows) else [rows]
-
-
-def topk_divergence(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    student: Head,
-    teacher: Head,
-    *,
-    alpha: float,
-    k: int,
-    add_tail: bool = True,
-    chunk_size: int = TOPK_CHUNK_SIZE,
-) -> TokenDivergence:
-    """
-    `divergence` on the student's `k` likeliest tokens, from hidden states (N, H) of both.
-
-    Both distributions are normalised over the full vocabulary. With `add_tail`, one more event holds the probability
-    of all the other tokens; without, the k are renormalised to sum to 1. Logits exist for `chunk_size` tokens at a
-    time and are recomputed in the backward pass.
-    """
-
-    def chunk(
-        student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, constants: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = student.logits(student_hidden)  # (n, V)
-        if not constants:  # kept for the backward pass, which needs none of this again
-            with torch.no_grad():
-                entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-                indices = logits.topk(k, dim=-1).indices  # (n, k)
-                constants += [entropy, indices, top_k_logps(teacher.logits(teacher_hidden), indices, tail=add_tail)]
-        entropy, indices, teacher_logps = constants
-        return divergence(top_k_logps(logits, indices, tail=add_tail), teacher_logps, alpha=alpha), entropy
-
-    chunks = [
-        checkpoint(chunk, s, t, [], use_reentrant=False)
-        for s, t in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size), strict=True)
-    ]
-    return TokenDivergence(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]))
 
 
 def sharpened_logps(logps: torch.Tensor, temperature: float) -> torch.Tensor:
     """
-    Log-probabilities after `Head.sharpened`, from those before, same shape, nats: log σ(logit(q) / `temperature`).
+    Log-probabilities of q^(1/`temperature`), normalised, from log q of an event, same shape, nats: log σ(logit(q) / `temperature`).
 
     Exact where all the other mass is on one event; otherwise too low for a temperature below 1 and too high above it.
     """

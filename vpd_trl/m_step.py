@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .batch import Batch, loss_mask, rows_of
-from .losses import importance_ratio, sharpened_logps
+from .losses import sharpened_logps
 from .metrics import Means
 from .scoring import on_mask
 
@@ -46,22 +46,17 @@ class MStep:
         batch = rows_of(inputs, rows)
         mask = loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)  # (b, T)
 
-        per_token, teacher_logps, student_logps = self.trainer.scorer.divergence(model, batch, mask)
-        weighted = per_token.divergence
-        if self.args.m_step_importance_clip is not None:
-            old_logps = batch["m_step_old_logps"][mask]
-            weighted = weighted * importance_ratio(student_logps, old_logps, clip=self.args.m_step_importance_clip)
-
-        self._means.add("m_step/divergence", per_token.divergence.detach())
-        self._means.add("entropy", per_token.entropy)
-        self._add_log_ratios(teacher_logps, student_logps, batch, mask)
+        found = self.trainer.scorer.distill(model, batch, mask)
+        self._means.add("m_step/divergence", found.divergence)
+        self._means.add("entropy", found.entropy)
+        self._add_log_ratios(found.teacher_logps, found.student_logps, batch, mask)
 
         # The denominator is of the whole rollout batch on all processes; each micro-batch is one of
         # `steps_per_generation` on each of them, and their gradients are averaged over processes and added up
         trainer = self.trainer
         window = trainer.current_gradient_accumulation_steps / self.args.steps_per_generation
         denominator = inputs["m_step_denominator"].clamp(min=1.0) * window / trainer.accelerator.num_processes
-        return weighted.sum() / denominator
+        return found.loss / denominator
 
     def _add_log_ratios(
         self, teacher_logps: torch.Tensor, student_logps: torch.Tensor, batch: Batch, mask: torch.Tensor

@@ -10,8 +10,9 @@ import torch
 from trl.models.utils import _ForwardRedirection
 
 from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of
+from .distillation import Comparison, Distillation, distill
 from .lengths import compact
-from .losses import Head, TokenDivergence, fused_divergence, sequence_log_ratio, topk_divergence
+from .losses import Head, sequence_log_ratio
 from .network import at_head, hidden_states, scoring_mode
 
 
@@ -33,6 +34,7 @@ class Scorer:
     def __init__(self, trainer: VPDTrainer) -> None:
         self.trainer = trainer
         self.args = trainer.args
+        self.compare = Comparison.of(trainer.args)
         self._redirect = _ForwardRedirection()
 
     def sampled_logps(self, model: Any, batch: Batch, *, teacher: bool) -> torch.Tensor:
@@ -60,39 +62,27 @@ class Scorer:
             pieces = pieces_of(batch, self.args.per_device_train_batch_size)
             return torch.cat([self.sampled_logps(model, piece, teacher=teacher) for piece in pieces])
 
-    def divergence(
-        self, model: Any, batch: Batch, mask: torch.Tensor
-    ) -> tuple[TokenDivergence, torch.Tensor, torch.Tensor]:
-        """
-        The M-step's divergence on the n tokens of `mask` (B, T), and log-probabilities without gradient.
-
-        Returns:
-            The divergence and the student's entropy at each token (n,); the teacher's and the student's
-            log-probabilities of the sampled tokens (n,), the teacher's as it is, not sharpened.
-        """
+    def distill(self, model: Any, batch: Batch, mask: torch.Tensor) -> Distillation:
+        """The M-step's loss on the n tokens of `mask` (B, T), with its importance weights where it has any."""
         tokens = batch["completion_ids"][mask]
-        teacher_hidden, teacher_logps, teacher_head = self._target(batch, mask, tokens)
-        alpha, k = self.args.divergence_alpha, self.args.distillation_top_k
+        old_logps = None if self.compare.importance_clip is None else batch["m_step_old_logps"][mask]
+        teacher_hidden, teacher_head = self._target(batch, mask)
 
         def compare(head: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            target_head = (teacher_head or head).sharpened(self.args.target_temperature)
-            pair = (hidden, teacher_hidden.to(hidden.dtype), head, target_head)
-            if k is None:
-                per_token = fused_divergence(*pair, alpha=alpha)
-            else:
-                per_token = topk_divergence(*pair, alpha=alpha, k=k, add_tail=self.args.distillation_add_tail)
-            with torch.no_grad():
-                return *per_token, head.token_logps(hidden, tokens)
+            target = teacher_hidden.to(hidden.dtype)
+            # A plain tuple: engines take apart what a forward pass returns
+            return tuple(
+                distill(hidden, target, head, teacher_head or head, tokens, self.compare, old_logps=old_logps)
+            )
 
         def score(model: Any) -> tuple[torch.Tensor, ...]:
             return self._at_head(model, compare, self._hidden(model, batch, mask, teacher=False))
 
-        divergence, entropy, student_logps = self._run(model, score)
-        return TokenDivergence(divergence, entropy), teacher_logps, student_logps
+        return Distillation(*self._run(model, score))
 
-    def _target(self, batch: Batch, mask: torch.Tensor, tokens: torch.Tensor) -> tuple:
+    def _target(self, batch: Batch, mask: torch.Tensor) -> tuple[torch.Tensor, Head | None]:
         """
-        The teacher's hidden states (n, H) and log-probabilities (n,), and its head if that is not the student's.
+        The teacher's hidden states (n, H), and its head if that is not the student's.
 
         A forward pass of its own: where weights are sharded, other ones can only be put in place between two.
         """
@@ -100,17 +90,16 @@ class Scorer:
         own_head: list[Head] = []
 
         def read(head: Head, hidden: torch.Tensor) -> torch.Tensor:
-            if teacher.has_own_head:
-                own_head.append(head.kept(self.trainer.engine.kept))
-            return head.token_logps(hidden, tokens)
+            own_head.append(head.kept(self.trainer.engine.kept))
+            return hidden
 
-        def score(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def score(model: Any) -> torch.Tensor:
             hidden = self._hidden(model, batch, mask, teacher=True)
-            return hidden, self._at_head(model, read, hidden)
+            return self._at_head(model, read, hidden) if teacher.has_own_head else hidden
 
         with teacher.target_context(), scoring_mode(model):
-            hidden, logps = self._run(model, score)
-        return hidden, logps, own_head[0] if own_head else None
+            hidden = self._run(model, score)
+        return hidden, own_head[0] if own_head else None
 
     def reduce(self, teacher_logps: torch.Tensor, prior_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Log-ratios (B,) of rollouts from log-probabilities (B, T) of their tokens, as `log_ratio_reduction` says."""

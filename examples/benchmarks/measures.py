@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import vpd_trl.estimate  # noqa: F401  (counts products that are added in place, too)
+
 from . import setting
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..distillation import Comparison
 from ..network import causal_lm
 from .plan import Plan
 from .rehearsal import Rehearsal
@@ -93,13 +94,15 @@ def phases(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, floa
     joint = plan.policy_gradient and plan.distills
     held = student.held(rows, prompt, longest) if joint else 0
     if config.parts.uses_feedback:
-        scores = max(teacher.scores(rows, told, longest).memory, student.scores(rows, told, longest).memory)
-        found["teacher's targets"] = scores + _swapped(plan, student) + held + awake
+        passes = [teacher.target(rows, told, longest)]
+        if config.parts.refines_teacher or config.parts.shapes_advantages:
+            passes += [teacher.scores(rows, told, longest), student.scores(rows, prompt, longest)]
+        largest = max(cost.memory for cost in passes)
+        found["teacher's targets"] = largest + _swapped(plan, student) + held + awake
     if plan.distills:
         step = student.m_step(
             *(rows, prompt, longest),
-            alpha=config.divergence_alpha,
-            top_k=config.distillation_top_k,
+            compare=Comparison.of(config),
             policy_gradient=joint,
         )
         # The teacher's hidden states are among them

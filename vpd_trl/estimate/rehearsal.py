@@ -13,11 +13,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import addmm_flop, flop_registry
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from ..losses import Head, bco_loss, fused_divergence, topk_divergence
+from ..distillation import GPU_TILES, Comparison, distill
+from ..losses import Head, bco_loss
 from ..network import causal_lm, head_of, hidden_states
+
+
+# torch leaves out the product that is added in place, which gradients of a head are made with
+flop_registry.setdefault(torch.ops.aten.addmm_, addmm_flop)
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
@@ -137,6 +142,11 @@ class Rehearsal:
         with torch.no_grad():
             return self._counted(lambda: self._token_logps(rows, prompt, completion))
 
+    def target(self, rows: int, prompt: int, completion: int) -> Cost:
+        """Hidden states of the completions, without gradient: what the M-step takes from a teacher."""
+        with torch.no_grad():
+            return self._counted(lambda: self._hidden(rows, prompt, completion))
+
     def policy_gradient(self, rows: int, prompt: int, completion: int) -> Cost:
         """Log-probabilities with gradient, and the backward pass: GRPO's loss, but for a few numbers per token."""
         return self._counted(lambda: self._token_logps(rows, prompt, completion).sum().backward())
@@ -166,30 +176,24 @@ class Rehearsal:
         prompt: int,
         completion: int,
         *,
-        alpha: float,
-        top_k: int | None,
+        compare: Comparison,
         policy_gradient: bool = False,
     ) -> Cost:
         """
         Forward pass of the student, divergence to a teacher whose hidden states are there, and backward pass.
 
-        As in the M-step, the student's log-probabilities are read too. With `policy_gradient`, GRPO's loss is there
-        before, and both have one backward pass.
+        With `policy_gradient`, GRPO's loss is there before, and both have one backward pass.
         """
 
         def step() -> None:
-            loss = self._token_logps(rows, prompt, completion).sum() if policy_gradient else 0.0
+            loss: Any = self._token_logps(rows, prompt, completion).sum() if policy_gradient else 0.0
             hidden = self._hidden(rows, prompt, completion)
             target = torch.zeros_like(hidden)
             with self._head_precision():
                 head = self._head()
-                if top_k is None:
-                    per_token = fused_divergence(hidden, target, head, head, alpha=alpha)
-                else:
-                    per_token = topk_divergence(hidden, target, head, head, alpha=alpha, k=top_k)
-                with torch.no_grad():
-                    head.token_logps(hidden, torch.zeros(len(hidden), dtype=torch.long))
-            (loss + per_token.divergence.sum()).backward()
+                tokens = torch.zeros(len(hidden), dtype=torch.long)
+                loss = loss + distill(hidden, target, head, head, tokens, compare, tiles=GPU_TILES).loss
+            loss.backward()
 
         return self._counted(step)
 

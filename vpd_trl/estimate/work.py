@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..distillation import Comparison
 from ..network import has_dropout
 from .memory import parameters
 from .plan import Plan
@@ -22,27 +23,27 @@ def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, 
     rollouts = plan.rows * plan.gpus
     with_feedback = rollouts * plan.coverage
     scores = student.scores(1, prompt, mean).flops
-    target = teacher.scores(1, told, mean).flops if parts.uses_feedback else 0
+    told_scores = teacher.scores(1, told, mean).flops if parts.uses_feedback else 0
     found: dict[str, float] = {}
     if plan.trl_scores:
         found["TRL's log-probabilities"] = rollouts * scores
     if config.beta != 0:
         found["reference model"] = rollouts * scores
     if parts.shapes_advantages:
-        found["credit of tokens"] = with_feedback * (target + (0 if plan.trl_scores else scores))
+        found["credit of tokens"] = with_feedback * (told_scores + (0 if plan.trl_scores else scores))
     if plan.policy_gradient:
         step = student.policy_gradient(1, prompt, mean)
         found["policy gradient"] = rollouts * config.num_iterations * step.flops
     if plan.distills:
-        step = student.m_step(1, prompt, mean, alpha=config.divergence_alpha, top_k=config.distillation_top_k)
+        step = student.m_step(1, prompt, mean, compare=Comparison.of(config))
         found["M-step: student"] = with_feedback * config.num_iterations * step.flops
-        found["M-step: teacher"] = with_feedback * config.num_iterations * target
+        found["M-step: teacher"] = with_feedback * config.num_iterations * teacher.target(1, told, mean).flops
         if config.m_step_importance_clip is not None and not plan.trl_scores:
             found["M-step: importance ratios"] = rollouts * scores
     if parts.refines_teacher:
         share = with_feedback / config.e_step_frequency
         found["E-step: teacher"] = share * config.e_step_epochs * teacher.e_step(1, told, mean).flops
-        found["E-step: first reward shift"] = share * target
+        found["E-step: first reward shift"] = share * told_scores
         if not (plan.trl_scores and config.prior == "dynamic" and not has_dropout(student.model)):
             found["E-step: prior"] = share * scores
     return found
