@@ -1,5 +1,8 @@
 """Vision-language models: student and teacher see the same images, and each row its own."""
 
+import types
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -154,14 +157,20 @@ def test_a_model_of_text_alone_is_not_given_images_silently(tmp_path):
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_an_evaluation_that_would_not_see_its_images_is_refused(tmp_path, column):
     rows = [{"prompt": "Colour?", column: Image.new("RGB", (2, 2))}]
-    evaluations = {
-        "a": Evaluation([{"prompt": "1+1="}], tiny.parity_reward),
-        "b": Evaluation(rows, tiny.parity_reward),
-    }
-    with pytest.raises(ValueError, match=rf"evaluation 'b' has images \({column}\), but .* text alone.*eval_dataset"):
-        build(tmp_path, tiny_vision.llava(), evaluation=evaluations)
-    with pytest.raises(ValueError, match=rf"^evaluation has images \({column}\)"):
-        build(tmp_path, tiny_vision.llava(), evaluation=evaluations["b"])
+    with pytest.raises(ValueError, match=rf"problems have images \({column}\), but .* text alone.*eval_dataset"):
+        Evaluation(rows, tiny.parity_reward)
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp", "is_zero3", None])
+def test_a_micro_batch_without_an_image_is_refused_where_processes_share_the_image_encoder(tmp_path, engine):
+    trainer = build(tmp_path, tiny_vision.llava(), method="sdpo", max_steps=1)
+    trainer.train()
+    batch = {**trainer._buffered_inputs[0]}
+    batch["pixel_values"] = batch["pixel_values"][:0]
+    trainer.accelerator = types.SimpleNamespace(num_processes=2)
+    trainer._dist = types.SimpleNamespace(**{"is_fsdp": False, "is_zero3": False} | ({engine: True} if engine else {}))
+    with pytest.raises(ValueError, match=r"without an image.*DDP or ZeRO-2") if engine else nullcontext():
+        assert trainer.scorer._images(batch, batch["prompt_ids"], teacher=False) == {}
 
 
 def test_rows_take_along_the_pixels_of_their_images_in_every_layout():

@@ -254,7 +254,7 @@ def check_folder(args: Any) -> None:
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been here
     except OSError as error:
         raise type(error)(
             error.errno, f"output_dir can't be written to ({error.strerror}); choose another folder", args.output_dir

@@ -122,6 +122,7 @@ class Scorer:
         """What a vision-language model takes beside token ids (B, P + T): the same images for student and teacher."""
         inputs = {name: batch[name] for name in IMAGES if name in batch}
         if "pixel_values" in inputs and not inputs["pixel_values"].numel():  # no row here has an image
+            self._check_without_images()
             inputs = {}
         for name in TOKEN_TYPES:
             if name in batch and not teacher:
@@ -130,6 +131,15 @@ class Scorer:
                 prompt = batch["teacher_prompt_ids"].size(1)
                 inputs[name] = self._token_types(batch, name, input_ids, prompt)
         return inputs
+
+    def _check_without_images(self) -> None:
+        """Where processes wait for each other's parts of the image encoder, none of them can leave it out."""
+        dist = self.trainer._dist
+        if self.trainer.accelerator.num_processes > 1 and (dist.is_fsdp or dist.is_zero3):
+            raise ValueError(
+                "A micro-batch without an image came up, which FSDP and ZeRO-3 can't leave out of the image encoder on "
+                "one process alone. Give each row an image, or use DDP or ZeRO-2."
+            )
 
     @staticmethod
     def _token_types(batch: Batch, name: str, input_ids: torch.Tensor, prompt: int) -> torch.Tensor:

@@ -363,6 +363,7 @@ class VPDTrainer(GRPOTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.weights_step = self.state.best_global_step
+        self._last_loaded_step = -1  # what vLLM has is of the last step
         if self.parts.uses_feedback:
             state.load_teacher(self, self.state.best_model_checkpoint)
 

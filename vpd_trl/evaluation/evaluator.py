@@ -82,6 +82,11 @@ class Evaluation:
         confidence: float = 0.95,
     ) -> None:
         self.rows = _rows(dataset)
+        if images := sorted({"image", "images"} & self.rows[0].keys()):
+            raise ValueError(
+                f"The problems have images ({', '.join(images)}), but evaluations are of text alone, and the model would "
+                "not see them. Remove the column; in training, GRPO's own evaluation of an eval_dataset shows images."
+            )
         self.grader = Grader(reward_funcs, reward_weights)
         self.grader.check_columns(list(self.rows[0]))
         self.k, self.pass_at = _check_samples(k, pass_at)

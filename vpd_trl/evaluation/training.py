@@ -37,8 +37,9 @@ class TrainingEvaluation:
     """
     Runs evaluations on the student of a trainer.
 
-    Results are saved in `output_dir/evaluation/step-N`. Samples are no longer than rollouts where sampling was left open. Training goes on as if there had been no evaluation: its random
-    state and the modes of the model's modules come back.
+    Results are saved in `output_dir/evaluation/step-N`. Samples are no longer than rollouts where sampling was left
+    open. Training goes on as if there had been no evaluation: its random state and the modes of the model's modules
+    come back.
 
     Args:
         trainer: The trainer.
@@ -47,22 +48,16 @@ class TrainingEvaluation:
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If it has images, the trainer can't sample for it, or `metric_for_best_model` is not among its
-            metrics and nothing else is evaluated.
+        ValueError: If the trainer can't sample for it, or `metric_for_best_model` is not among its metrics and nothing
+            else is evaluated.
     """
 
     def __init__(self, trainer: VPDTrainer, evaluations: Evaluations) -> None:
         several = dict(evaluations) if isinstance(evaluations, Mapping) else {"": evaluations}
-        for name, evaluation in several.items():
+        for evaluation in several.values():
             if not isinstance(evaluation, Evaluation):
                 raise TypeError(
                     f"evaluation must be an Evaluation, or several by name; got {type(evaluation).__name__}."
-                )
-            if images := sorted({"image", "images"} & evaluation.rows[0].keys()):
-                raise ValueError(
-                    f"evaluation{f' {name!r}' if name else ''} has images ({', '.join(images)}), but evaluations are "
-                    "of text alone, and the student would not see them. Remove the column, or use eval_dataset, where "
-                    "GRPO's own evaluation shows them."
                 )
         self.trainer = trainer
         longest = trainer.args.max_completion_length
@@ -84,7 +79,9 @@ class TrainingEvaluation:
         trainer = self.trainer
         metrics: dict[str, float] = {}
         # A schedule-free optimizer has weights for evaluation; vLLM needs these now, and those for training afterwards
-        own_weights = callable(getattr(trainer.optimizer, "eval", None))
+        # accelerate's wrapper has the method whatever is in it
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        own_weights = callable(getattr(optimizer, "eval", None))
         if own_weights:
             trainer.optimizer.eval()
             trainer._last_loaded_step = -1

@@ -1,0 +1,136 @@
+"""`vllm_enable_sleep_mode`: a vLLM that forgets its weights while training goes on gets the student's before it samples."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl.generation import vllm_generation
+
+from tests import tiny
+from vpd_trl import Feedback
+from vpd_trl.evaluation import Evaluation
+
+
+class SleepingLLM:
+    """Holds what `vllm.LLM` would: weights and a cache, each there or not."""
+
+    made: list
+
+    def __init__(self, **options):
+        self.options, self.awake, self.weights, self.calls = options, {"weights", "kv_cache"}, {}, []
+        model = SimpleNamespace(load_weights=self._load)
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        self.made.append(self)
+
+    def _load(self, named):
+        assert "weights" in self.awake, "written into memory that is not there"
+        self.weights |= {name: value.detach().clone() for name, value in named}
+
+    def sleep(self, level):
+        assert level == 2
+        self.awake, self.weights = set(), {}
+
+    def wake_up(self, tags):
+        self.awake |= set(tags)
+
+    def reset_prefix_cache(self):
+        pass
+
+    def generate(self, prompts, sampling_params, **options):
+        assert self.awake == {"weights", "kv_cache"}
+        self.calls.append(dict(self.weights))
+        logprobs = [{20: SimpleNamespace(rank=1, logprob=-1.0)}]
+        n = getattr(sampling_params, "n", 1)
+        return [
+            SimpleNamespace(
+                prompt_token_ids=prompt["prompt_token_ids"],
+                outputs=[SimpleNamespace(token_ids=[20], logprobs=logprobs) for _ in range(n)],
+            )
+            for prompt in prompts
+        ]
+
+
+@pytest.fixture
+def llm(monkeypatch):
+    """In the place of vLLM, which gives no CPU a sleep mode."""
+    made = []
+    monkeypatch.setattr(SleepingLLM, "made", made, raising=False)
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation, "LLM", SleepingLLM, raising=False)
+    monkeypatch.setattr(vllm_generation, "SamplingParams", lambda **k: SimpleNamespace(**k), raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # TRL sets them for vLLM
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    return made
+
+
+def student(trainer):
+    """The student's weights by the names that vLLM knows, an adapter of its own merged into them."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    own = hasattr(model, "merge_adapter")
+    if own:
+        model.merge_adapter()
+    names = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value.detach().clone()
+        for name, value in model.named_parameters()
+        if "lora_" not in name
+    }
+    if own:
+        model.unmerge_adapter()
+    return names
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("teacher", ["shared", "ema", "lora"])
+def test_whatever_samples_finds_the_student_s_weights_and_vllm_sleeps_in_between(tmp_path, llm, teacher, peft):
+    tokenizer, expected = tiny.tokenizer(), []
+
+    def critic(prompts, generate, **kwargs):
+        expected.append(student(trainer))
+        generate([[{"role": "user", "content": "Why?"}]] * len(prompts))
+        return [Feedback(critique="Count again.")] * len(prompts)
+
+    trainer = tiny.trainer(
+        tmp_path,
+        tok=tokenizer,
+        feedback_fn=critic,
+        teacher=teacher,
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if peft else None,
+        e_step_frequency=1,
+        learning_rate=1e-2,
+        max_steps=2,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_enable_sleep_mode=True,
+        vllm_max_model_length=100,
+        eval_strategy="steps",
+        eval_steps=2,
+        evaluation=Evaluation(tiny.dataset(2), tiny.parity_reward, k=2),
+    )
+    (engine,) = llm
+    assert engine.options["enable_sleep_mode"] is True
+    assert not engine.awake
+    sample = trainer._generate_single_turn
+
+    def noted(*args, **kwargs):
+        expected.append(student(trainer))
+        found = sample(*args, **kwargs)
+        assert not engine.awake
+        return found
+
+    trainer._generate_single_turn = noted
+    trainer.train()
+    assert len(engine.calls) == 5, "two batches of rollouts, two of critiques, one evaluation"
+    expected.append(student(trainer))
+    # The critic's own request is noted twice where it goes the way that rollouts go
+    for call in engine.calls:
+        assert any(
+            call.keys() == weights.keys() and all(torch.allclose(call[n], weights[n], atol=1e-6) for n in call)
+            for weights in expected
+        )
+    assert (
+        not torch.equal(*(calls["model.embed_tokens.weight"] for calls in (engine.calls[0], engine.calls[-1]))) or peft
+    )
+    assert not engine.awake
