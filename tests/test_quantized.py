@@ -1,5 +1,7 @@
 """Students in 4 or 8 bits with an adapter, 8-bit optimizers, recomputed activations and bf16, each with every teacher."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -121,6 +123,25 @@ def test_vllm_is_refused_with_a_quantized_student_however_it_is_given(folder, tm
     number = {"nf4": 4, "int8": 8}[bits]
     with pytest.raises(ValueError, match=f"which can't be done with a model in {number} bits"):
         tiny.trainer(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("bits", QUANTIZED)
+def test_vllm_is_refused_with_a_student_that_was_published_in_few_bits_before_it_is_loaded(folder, tmp_path, bits):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**QUANTIZED[bits]), dtype=torch.float32
+    )
+    model.save_pretrained(tmp_path / "published")
+    number = {"nf4": 4, "int8": 8}[bits]
+    with (
+        patch.object(AutoModelForCausalLM, "from_pretrained", side_effect=AssertionError("loaded")),
+        pytest.raises(ValueError, match=f"which can't be done with a model in {number} bits"),
+    ):
+        tiny.trainer(tmp_path, mdl=str(tmp_path / "published"), use_vllm=True)
+
+
+def test_a_model_that_can_t_be_found_is_reported_by_what_loads_it(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        tiny.trainer(tmp_path, mdl=str(tmp_path / "nowhere"), use_vllm=True)
 
 
 def test_a_student_spread_over_devices_is_refused(tmp_path):

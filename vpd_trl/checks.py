@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_available, is_peft_model
 from datasets import Dataset
+from transformers import AutoConfig
 
 from .config import VPDConfig
 from .feedback.collect import FeedbackCollector
@@ -89,8 +90,8 @@ def check_arguments(
             f"method={args.method!r} learns from feedback, so it needs feedback_fn: {_SHIPPED}, or write a function "
             "that returns one str, Feedback or None per rollout. Without feedback, use method='grpo'."
         )
-    bits = _bits(args, model, quantization_config)
-    if args.use_vllm and bits is not None:
+    bits = _bits(args, model, quantization_config) if args.use_vllm else None
+    if bits is not None:
         raise ValueError(
             f"use_vllm=True sends merged weights to vLLM, which can't be done with a model in {bits} bits. Load the "
             "model in 16 bits, or generate with transformers (use_vllm=False)."
@@ -104,16 +105,27 @@ def check_arguments(
 
 def _bits(args: VPDConfig, model: Any, quantization_config: Any) -> int | None:
     """The bits that bitsandbytes has put the model's weights into, or will, or `None`."""
+    options = args.model_init_kwargs or {}
+    config = _published_config(model, options) if isinstance(model, str) else getattr(model, "config", None)
     configs = (
         quantization_config,
-        (args.model_init_kwargs or {}).get("quantization_config"),
-        getattr(getattr(model, "config", None), "quantization_config", None),
+        options.get("quantization_config"),
+        getattr(config, "quantization_config", None),
     )
     for bits in (4, 8):
         name = f"load_in_{bits}bit"
         if any(c.get(name) if isinstance(c, dict) else getattr(c, name, False) for c in configs):
             return bits
     return None
+
+
+def _published_config(model: str, options: dict[str, Any]) -> Any:
+    """The configuration that a model was published with, or `None`; what loads the model says why there is none."""
+    where = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    try:
+        return AutoConfig.from_pretrained(model, **{name: options[name] for name in where if name in options})
+    except (OSError, ValueError):
+        return None
 
 
 def _check_dataset_size(args: VPDConfig, dataset: Any) -> None:

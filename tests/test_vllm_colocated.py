@@ -1,4 +1,4 @@
-"""`vllm_enable_sleep_mode`: a vLLM that forgets its weights while training goes on gets the student's before it samples."""
+"""What a vLLM beside training is given, awake or in sleep mode, where it forgets its weights while training goes on."""
 
 from types import SimpleNamespace
 
@@ -50,6 +50,13 @@ class SleepingLLM:
             )
             for prompt in prompts
         ]
+
+
+class WakefulLLM(SleepingLLM):
+    """Without sleep mode, it samples from the weights that it was last given."""
+
+    def wake_up(self, tags):
+        raise AssertionError("not asleep")
 
 
 @pytest.fixture
@@ -124,13 +131,40 @@ def test_whatever_samples_finds_the_student_s_weights_and_vllm_sleeps_in_between
     trainer.train()
     assert len(engine.calls) == 5, "two batches of rollouts, two of critiques, one evaluation"
     expected.append(student(trainer))
-    # The critic's own request is noted twice where it goes the way that rollouts go
     for call in engine.calls:
         assert any(
             call.keys() == weights.keys() and all(torch.allclose(call[n], weights[n], atol=1e-6) for n in call)
             for weights in expected
         )
-    assert (
-        not torch.equal(*(calls["model.embed_tokens.weight"] for calls in (engine.calls[0], engine.calls[-1]))) or peft
-    )
+    first, last = engine.calls[0], engine.calls[-1]
+    assert any(not torch.equal(first[name], last[name]) for name in first)
     assert not engine.awake
+
+
+def test_after_the_best_checkpoint_was_loaded_vllm_samples_from_its_weights(tmp_path, llm, monkeypatch):
+    monkeypatch.setattr(vllm_generation, "LLM", WakefulLLM)
+    trainer = tiny.trainer(
+        tmp_path,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=100,
+        learning_rate=1e-2,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        evaluation=Evaluation(
+            tiny.dataset(2),
+            lambda completions, trainer_state, **k: [1.0 - trainer_state.global_step] * len(completions),
+            k=1,
+        ),
+        metric_for_best_model="avg@1",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    trainer.evaluate()
+    best, (engine,) = student(trainer), llm
+    assert all(torch.equal(engine.calls[-1][name], value) for name, value in best.items())
+    assert not all(torch.equal(engine.calls[-2][name], value) for name, value in best.items())
