@@ -39,9 +39,9 @@ METHODS = {
     "sdpo-ema": '`sdpo`, `teacher="ema"`',
     "joint-loss": "`joint_loss`",
 }
-STUDENTS = {"full": "full", "lora": "LoRA"}
+STUDENTS = {"full": "full", "lora": "LoRA", "qlora": "LoRA on 4 bits"}
 CELLS = [f"{method}/{student}" for method in METHODS for student in STUDENTS]
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "deepspeed")
 PHASES = ("whole", "saved", "resumed", "no_feedback_on_one", "no_success_on_one")
 SECONDS_PER_CELL = 150
 
@@ -59,7 +59,8 @@ def missing(engine):
 def launch(engine, cells, folder):
     """Run some cells in one start, on two processes or, with engine "one", alone. Returns what went wrong, or `None`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tiny.model(tiny.tokenizer()).save_pretrained(folder / "model")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}  # 4 bits come in blocks of 64
+    tiny.model(tiny.tokenizer(), **shape).save_pretrained(folder / "model")
     arguments = [engine, ",".join(cells), folder]
     env = {"DS_ACCELERATOR": "cpu"}
     if engine == "one":

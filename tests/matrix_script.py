@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from transformers import BitsAndBytesConfig
 
 from tests import tiny
 from tests.distributed_script import fixed_rollouts
@@ -45,7 +46,14 @@ METHODS = {
     "vpd-ema-fixed-prior": {"teacher": "ema", "teacher_update_rate": 0.3, "prior": "fixed"},
 }
 PHASES = ("whole", "saved", "resumed", "no_feedback_on_one", "no_success_on_one")
-STUDENTS = {"full": {}, "lora": {"peft_config": "lora", "learning_rate": 2.0, "gradient_checkpointing": True}}
+LORA = {"peft_config": "lora", "learning_rate": 2.0, "gradient_checkpointing": True}
+FOUR_BITS = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.float32,
+    bnb_4bit_quant_storage=torch.float32,  # FSDP can split no integers
+)
+STUDENTS = {"full": {}, "lora": LORA, "qlora": {**LORA, "quantization_config": FOUR_BITS}}
 
 
 def pretend_that_cpus_are_accelerators():
@@ -83,6 +91,9 @@ def build(method, student, model, folder, world, **more):
     changes["use_cpu"] = os.environ.get("ACCELERATE_TORCH_DEVICE") != "cpu"
     # From a folder, as most users load models: under ZeRO-3 weights are sharded from then on
     trainer = tiny.trainer(folder, mdl=model, **changes)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:  # on 4 bits; too coarse to compare runs by
+            parameter.data = parameter.data.float()
     fixed_rollouts(trainer)
     return trainer
 

@@ -1,5 +1,7 @@
 """Students in 4 or 8 bits with an adapter, 8-bit optimizers, recomputed activations and bf16, each with every teacher."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -8,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
+from vpd_trl.checks import check_model
 
 
 pytest.importorskip("bitsandbytes")
@@ -142,6 +145,25 @@ def test_vllm_is_refused_with_a_student_that_was_published_in_few_bits_before_it
 def test_a_model_that_can_t_be_found_is_reported_by_what_loads_it(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         tiny.trainer(tmp_path, mdl=str(tmp_path / "nowhere"), use_vllm=True)
+
+
+@pytest.mark.parametrize(
+    ("bits", "storage", "message"),
+    [
+        ("int8", None, "can't split a model in 8 bits"),
+        ("nf4", torch.uint8, r"stored as torch.uint8.*bnb_4bit_quant_storage"),
+        ("nf4", torch.float32, None),
+    ],
+)
+def test_bits_that_fsdp_can_not_split_are_refused(folder, tmp_path, bits, storage, message):
+    more = {} if storage is None else {"bnb_4bit_quant_storage": storage}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**QUANTIZED[bits], **more), dtype=torch.float32
+    )
+    trainer = tiny.trainer(tmp_path, mdl=model, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    trainer._dist = SimpleNamespace(fsdp_version=2, is_zero3=False)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_model(trainer)
 
 
 def test_a_student_spread_over_devices_is_refused(tmp_path):

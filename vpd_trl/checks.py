@@ -219,6 +219,8 @@ def _check_engine(trainer: VPDTrainer) -> None:
             f"keeps shards elsewhere ({elsewhere}). Leave that out of its configuration, or use teacher='shared' and "
             "prior='dynamic'."
         )
+    if trainer._dist.fsdp_version is not None:
+        _check_bits_on_fsdp(trainer.model)
     devices = set((getattr(trainer.model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         raise ValueError(
@@ -234,6 +236,22 @@ def _check_engine(trainer: VPDTrainer) -> None:
             "method='joint_loss' runs the model twice before each backward pass, which reentrant checkpointing does "
             "not allow on several processes. Set gradient_checkpointing_kwargs={'use_reentrant': False}; with an adapter "
             "on ZeRO-3, where TRL overrides that, use gradient_checkpointing=False, ZeRO-2 or FSDP2."
+        )
+
+
+def _check_bits_on_fsdp(model: Any) -> None:
+    """Which of bitsandbytes' weights FSDP can split: told by the class, as bitsandbytes may not be installed."""
+    kinds = {type(parameter).__name__: parameter for parameter in model.parameters()}
+    if "Int8Params" in kinds:
+        raise ValueError(
+            "FSDP can't split a model in 8 bits. Use DDP or DeepSpeed, or 4 bits with "
+            "bnb_4bit_quant_storage set to the dtype of the other weights."
+        )
+    if "Params4bit" in kinds and not kinds["Params4bit"].is_floating_point():
+        raise ValueError(
+            f"FSDP can't split a model in 4 bits that is stored as {kinds['Params4bit'].dtype}, nor load its "
+            "checkpoints again. Set bnb_4bit_quant_storage of BitsAndBytesConfig to the dtype of the other weights, such "
+            "as torch.bfloat16, or use DDP or DeepSpeed."
         )
 
 

@@ -41,8 +41,7 @@ def lasting(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, flo
     trained = parameters(student, trained=True)
 
     quantized, frozen = _frozen_bytes(student.model, plan)
-    # accelerate leaves 4-bit weights out of FSDP
-    memory["weights"] = quantized / (1 if plan.engine == "fsdp2" else shards) + (frozen + trained * kept) / shards
+    memory["weights"] = (quantized + frozen + trained * kept) / shards
     if plan.shards_weights:
         memory["gathered weights"] = float(computed * _gathered(plan, student))
     memory["gradients"] = trained * kept / split

@@ -85,6 +85,8 @@ class Plan:
                 raise ValueError(f"{name} must be a number in (0, 1]; got {getattr(self, name)}.")
         if self.quantized is not None and self.adapter is None:
             raise ValueError("quantized weights can't be trained: the student must be an adapter (use_peft: true).")
+        if self.quantized == 8 and self.engine == "fsdp2":
+            raise ValueError("FSDP can't split a model in 8 bits; use 4 bits, or another engine.")
         if self.quantized is not None and self.config.use_vllm:
             raise ValueError("quantized weights and use_vllm don't go together: vLLM can't be given such weights.")
 
