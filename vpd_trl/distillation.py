@@ -195,16 +195,15 @@ class _Distill(torch.autograd.Function):
                     loss += found.loss
                     for whole, part in zip(per_token, found[1:], strict=True):
                         whole[here] = part
-                grad = logits.to(dtype)
-                if grad_hidden is not None:
-                    for columns in _slices(vocabulary, VOCABULARY_TILE):
-                        _addmm_fp32(grad_hidden[chunk], grad[:, columns], weight[columns].to(dtype))
-                if grad_weight is not None:
-                    for columns in _slices(vocabulary, VOCABULARY_TILE):
-                        _addmm_fp32(grad_weight[columns], grad[:, columns].t(), h)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
-                del logits, targets, grad  # before the next ones are there
+                for columns in _slices(vocabulary, VOCABULARY_TILE) if gradients else ():
+                    grad = logits[:, columns].to(dtype)
+                    if grad_hidden is not None:
+                        _addmm_fp32(grad_hidden[chunk], grad, weight[columns].to(dtype))
+                    if grad_weight is not None:
+                        _addmm_fp32(grad_weight[columns], grad.t(), h)
+                del logits, targets  # before the next ones are there
         ctx.grads = grads
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*per_token)
