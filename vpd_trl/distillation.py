@@ -195,14 +195,10 @@ class _Distill(torch.autograd.Function):
                     loss += found.loss
                     for whole, part in zip(per_token, found[1:], strict=True):
                         whole[here] = part
+                if gradients:
+                    _add_products(logits, h, weight, None if grad_hidden is None else grad_hidden[chunk], grad_weight)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
-                for columns in _slices(vocabulary, VOCABULARY_TILE) if gradients else ():
-                    grad = logits[:, columns].to(dtype)
-                    if grad_hidden is not None:
-                        _addmm_fp32(grad_hidden[chunk], grad, weight[columns].to(dtype))
-                    if grad_weight is not None:
-                        _addmm_fp32(grad_weight[columns], grad.t(), h)
                 del logits, targets  # before the next ones are there
         ctx.grads = grads
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -233,6 +229,22 @@ def _with_gradient(
     (gradient,) = torch.autograd.grad(found.loss, variable)
     product.copy_(gradient)
     return found._replace(loss=found.loss.detach())
+
+
+def _add_products(
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
+    """Add to the gradients of hidden states and head what that of their product (n, V) makes of them."""
+    for columns in _slices(len(weight), VOCABULARY_TILE):
+        part = gradient[:, columns].to(hidden.dtype)
+        if grad_hidden is not None:
+            _addmm_fp32(grad_hidden, part, weight[columns].to(hidden.dtype))
+        if grad_weight is not None:
+            _addmm_fp32(grad_weight[columns], part.t(), hidden)
 
 
 def _projected(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
