@@ -53,7 +53,12 @@ FOUR_BITS = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.float32,
     bnb_4bit_quant_storage=torch.float32,  # FSDP can split no integers
 )
-STUDENTS = {"full": {}, "lora": LORA, "qlora": {**LORA, "quantization_config": FOUR_BITS}}
+STUDENTS = {
+    "full": {},
+    "lora": LORA,
+    "qlora": {**LORA, "quantization_config": FOUR_BITS},
+    "lora-stored": {**LORA, "gradient_checkpointing": False},
+}
 
 
 def pretend_that_cpus_are_accelerators():
