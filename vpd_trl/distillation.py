@@ -17,7 +17,7 @@ from trl.kernels.chunked_divergence import _project
 from trl.kernels.chunked_logprob import _addmm_fp32
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .losses import VOCABULARY_TILE, Head, divergence, importance_ratio, top_k_logps
+from .losses import VOCABULARY_TILE, Head, divergence, top_k_logps
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         chunk: Elements of a model's logits; matrix products want many rows.
-        block: Of these, elements that become divergence and gradient, which takes some ten tensors of this size.
+        block: Of these, elements that become divergence and gradient, which takes up to fifteen tensors of this size.
     """
 
     chunk: int
@@ -38,7 +38,13 @@ class Tiles(NamedTuple):
 
 
 CPU_TILES = Tiles(2**24, 2**20)
-GPU_TILES = Tiles(2**27, 2**24)
+GPU_TILES = Tiles(2**27, 2**22)
+
+# A log-probability, nats, that stands for minus infinity: differences of such numbers stay numbers
+LEAST = -1e4
+
+# float16 has no numbers for the smallest gradients; what is multiplied with them is scaled by this
+HALF_SCALE = 256.0
 
 
 class Distillation(NamedTuple):
@@ -46,7 +52,7 @@ class Distillation(NamedTuple):
     The M-step's loss on N tokens, nats.
 
     Attributes:
-        loss: Sum of the weighted divergences (), with gradient to the student. The rest is without.
+        loss: Sum of the divergences, each times its weight, (), with gradient to the student. The rest is without.
         divergence: Per token (N,), not weighted.
         entropy: The student's (N,).
         student_logps: Log-probabilities of the sampled tokens under the student (N,).
@@ -72,14 +78,12 @@ class Comparison(NamedTuple):
             renormalised to sum to 1.
         target_temperature: The teacher's log-probabilities are divided by this and normalised again: below 1 the target
             is sharper than the teacher.
-        importance_clip: Most that the importance ratio of a token may be; `None` is for no such weight.
     """
 
     alpha: float
     top_k: int | None = None
     add_tail: bool = True
     target_temperature: float = 1.0
-    importance_clip: float | None = None
 
     @classmethod
     def of(cls, args: VPDConfig) -> Comparison:
@@ -89,11 +93,10 @@ class Comparison(NamedTuple):
             top_k=args.distillation_top_k,
             add_tail=args.distillation_add_tail,
             target_temperature=args.target_temperature,
-            importance_clip=args.m_step_importance_clip,
         )
 
     def __call__(
-        self, student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor, old_logps: torch.Tensor | None
+        self, student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor | None = None
     ) -> Distillation:
         """
         Distillation on a block of tokens.
@@ -101,22 +104,20 @@ class Comparison(NamedTuple):
         Args:
             student, teacher: Logits (n, V), divided by the temperature.
             tokens: Those that were sampled (n,).
-            old_logps: Their log-probabilities (n,) at sampling, where there is an importance ratio.
+            weights: Of the tokens in the loss (n,); `None`: all 1.
         """
-        student = student.log_softmax(-1)
+        student = student.log_softmax(-1).clamp(min=LEAST)
         with torch.no_grad():
-            teacher = teacher.log_softmax(-1)
+            teacher = teacher.log_softmax(-1).clamp_(min=LEAST)
             student_logps, teacher_logps = (logps.gather(-1, tokens[:, None])[:, 0] for logps in (student, teacher))
             entropy = torch.special.entr(student.exp()).sum(-1)
             if self.target_temperature != 1.0:
-                teacher = (teacher / self.target_temperature).log_softmax(-1)
+                teacher = (teacher / self.target_temperature).log_softmax(-1).clamp_(min=LEAST)
         if self.top_k is not None:
             indices = student.detach().topk(self.top_k, dim=-1, sorted=False).indices
             student, teacher = (top_k_logps(logps, indices, tail=self.add_tail) for logps in (student, teacher))
         per_token = divergence(student, teacher, alpha=self.alpha)
-        loss = per_token
-        if old_logps is not None and self.importance_clip is not None:
-            loss = per_token * importance_ratio(student_logps, old_logps, clip=self.importance_clip)
+        loss = per_token if weights is None else per_token * weights
         return Distillation(loss.sum(), per_token.detach(), entropy, student_logps, teacher_logps)
 
 
@@ -128,7 +129,7 @@ def distill(
     tokens: torch.Tensor,
     compare: Comparison,
     *,
-    old_logps: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Distillation:
     """
@@ -142,14 +143,14 @@ def distill(
         student, teacher: The heads.
         tokens: The sampled tokens (N,).
         compare: How.
-        old_logps: Log-probabilities (N,) of `tokens` at sampling, for importance ratios.
+        weights: Of the tokens in the loss (N,), without gradient; `None`: all 1.
         tiles: How much at one time; `None` is what suits the device.
     """
     inputs = (student_hidden, student.weight, student.bias, teacher_hidden, teacher.weight, teacher.bias)
     if tiles is None:
         tiles = CPU_TILES if student_hidden.device.type == "cpu" else GPU_TILES
     options = (student, teacher, compare, tiles, torch.is_grad_enabled())
-    return Distillation(*_Distill.apply(*inputs, tokens, old_logps, *options))
+    return Distillation(*_Distill.apply(*inputs, tokens, weights, *options))
 
 
 class _Distill(torch.autograd.Function):
@@ -164,87 +165,116 @@ class _Distill(torch.autograd.Function):
         teacher_weight: torch.Tensor,
         teacher_bias: torch.Tensor | None,
         tokens: torch.Tensor,
-        old_logps: torch.Tensor | None,
+        weights: torch.Tensor | None,
         student: Head,
         teacher: Head,
         compare: Comparison,
         tiles: Tiles,
         gradients: bool,
     ) -> Distillation:
-        def zeros(like: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
-            # In float32, even where the inputs are not: many small ones are added up
-            return torch.zeros_like(like, dtype=torch.float32) if like is not None and wanted and gradients else None
-
-        wanted = ctx.needs_input_grad[:3]
-        grads = [zeros(x, w) for x, w in zip((hidden, weight, bias), wanted, strict=True)]
-        grad_hidden, grad_weight, grad_bias = grads
-        size, vocabulary = len(hidden), weight.size(0)
+        wanted = [bool(w) and gradients for w in ctx.needs_input_grad[:3]]
+        size = len(hidden)
         loss = hidden.new_zeros((), dtype=torch.float32)
         per_token = [hidden.new_empty(size, dtype=torch.float32) for _ in range(4)]
-        dtype = _computed_in(hidden)
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with maybe_gather_lm_head_ctx(weight, bias), maybe_gather_lm_head_ctx(teacher_weight, teacher_bias):
-            for chunk in _slices(size, max(tiles.chunk // vocabulary, 1)):
+            sums = _Gradients(hidden, weight, bias, wanted)
+            for chunk in _slices(size, max(tiles.chunk // len(weight), 1)):
                 h = hidden[chunk].to(dtype)
                 logits = _projected(h, weight, bias)
                 targets = _projected(teacher_hidden[chunk].to(dtype), teacher_weight, teacher_bias)
-                for block in _slices(len(h), max(tiles.block // vocabulary, 1)):
+                for block in _slices(len(h), max(tiles.block // len(weight), 1)):
                     here = slice(chunk.start + block.start, chunk.start + block.stop)
-                    old = None if old_logps is None else old_logps[here]
-                    the_rest = (teacher.shaped(targets[block]), tokens[here], old)
-                    found = _with_gradient(compare, student, logits[block], *the_rest, wanted=gradients)
+                    w = None if weights is None else weights[here]
+                    found = _compared(
+                        compare,
+                        student,
+                        teacher,
+                        logits[block],
+                        targets[block],
+                        tokens[here],
+                        w,
+                        differentiate=any(wanted),
+                    )
                     loss += found.loss
                     for whole, part in zip(per_token, found[1:], strict=True):
                         whole[here] = part
-                if gradients:
-                    _add_products(logits, h, weight, None if grad_hidden is None else grad_hidden[chunk], grad_weight)
-                if grad_bias is not None:
-                    grad_bias += logits.sum(0)
+                if any(wanted):
+                    sums.add(chunk, logits, h)
                 del logits, targets  # before the next ones are there
-        ctx.grads = grads
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.sums = sums
         ctx.mark_non_differentiable(*per_token)
         return Distillation(loss, *per_token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        if ctx.grads is None:
+        if ctx.sums is None:
             raise RuntimeError("The gradients of a distillation are there for one backward pass.")
-        grads, ctx.grads = ctx.grads, None
-        scaled = [
-            None if g is None else g.mul_(grad_loss).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return *scaled, *(None,) * 10
+        sums, ctx.sums = ctx.sums, None
+        return *sums.times(grad_loss), *(None,) * 10
 
 
-def _with_gradient(
-    compare: Comparison, head: Head, product: torch.Tensor, *the_rest: Any, wanted: bool
+class _Gradients:
+    """
+    Gradients of the loss with respect to hidden states (N, H), weight (V, H) and bias (V,), as they add up.
+
+    In float32, even where the inputs are not: many small numbers are added.
+    """
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: list[bool]
+    ) -> None:
+        self.weight = weight
+        self.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        self.hidden, self.head, self.bias = (
+            torch.zeros_like(x, dtype=torch.float32) if x is not None and w else None
+            for x, w in zip((hidden, weight, bias), wanted, strict=True)
+        )
+        self.scale = 1.0
+
+    def add(self, rows: slice, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add what the gradient (n, V) of the products of hidden states (n, H) with the head makes of these."""
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+        if hidden.dtype == torch.float16:
+            self.scale = HALF_SCALE
+            gradient.mul_(self.scale)
+        for columns in _slices(len(self.weight), VOCABULARY_TILE):
+            part = gradient[:, columns].to(hidden.dtype)
+            if self.hidden is not None:
+                _addmm_fp32(self.hidden[rows], part, self.weight[columns].to(hidden.dtype))
+            if self.head is not None:
+                _addmm_fp32(self.head[columns], part.t(), hidden)
+
+    def times(self, factor: torch.Tensor) -> Iterator[torch.Tensor | None]:
+        """The gradients times `factor` (), each in its input's precision. Once only: they are written over."""
+        scaled = factor / self.scale
+        sums = (self.hidden, self.head, self.bias)
+        self.hidden = self.head = self.bias = None
+        for total, dtype, by in zip(sums, self.dtypes, (scaled, scaled, factor), strict=True):
+            yield None if total is None else total.mul_(by).to(dtype)
+
+
+def _compared(
+    compare: Comparison,
+    student: Head,
+    teacher: Head,
+    product: torch.Tensor,
+    target: torch.Tensor,
+    *the_rest: Any,
+    differentiate: bool,
 ) -> Distillation:
-    """The comparison from the student's product with its head, which the loss's gradient takes the place of."""
-    if not wanted:
-        return compare(head.shaped(product), *the_rest)
+    """The comparison from both products with the heads; the loss's gradient is written over the student's."""
+    if not differentiate:
+        return compare(student.shaped(product), teacher.shaped(target), *the_rest)
     with torch.enable_grad():
         variable = product.detach().requires_grad_()
-        found = compare(head.shaped(variable), *the_rest)
+        found = compare(student.shaped(variable), teacher.shaped(target), *the_rest)
     (gradient,) = torch.autograd.grad(found.loss, variable)
     product.copy_(gradient)
     return found._replace(loss=found.loss.detach())
-
-
-def _add_products(
-    gradient: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    grad_hidden: torch.Tensor | None,
-    grad_weight: torch.Tensor | None,
-) -> None:
-    """Add to the gradients of hidden states and head what that of their product (n, V) makes of them."""
-    for columns in _slices(len(weight), VOCABULARY_TILE):
-        part = gradient[:, columns].to(hidden.dtype)
-        if grad_hidden is not None:
-            _addmm_fp32(grad_hidden, part, weight[columns].to(hidden.dtype))
-        if grad_weight is not None:
-            _addmm_fp32(grad_weight[columns], part.t(), hidden)
 
 
 def _projected(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -253,11 +283,6 @@ def _projected(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     for c in _slices(len(weight), VOCABULARY_TILE):
         _project(product[:, c], hidden, weight, bias, c.start, c.stop, hidden.dtype)
     return product
-
-
-def _computed_in(hidden: torch.Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

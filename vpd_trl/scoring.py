@@ -12,7 +12,7 @@ from trl.models.utils import _ForwardRedirection
 from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of
 from .distillation import Comparison, Distillation, distill
 from .lengths import compact
-from .losses import Head, sequence_log_ratio
+from .losses import Head, importance_ratio, sequence_log_ratio
 from .network import at_head, hidden_states, scoring_mode
 
 
@@ -64,16 +64,19 @@ class Scorer:
 
     def distill(self, model: Any, batch: Batch, mask: torch.Tensor) -> Distillation:
         """The M-step's loss on the n tokens of `mask` (B, T), with its importance weights where it has any."""
-        tokens = batch["completion_ids"][mask]
-        old_logps = None if self.compare.importance_clip is None else batch["m_step_old_logps"][mask]
+        tokens, clip = batch["completion_ids"][mask], self.args.m_step_importance_clip
         teacher_hidden, teacher_head = self._target(batch, mask)
 
         def compare(head: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
             target = teacher_hidden.to(hidden.dtype)
+            weights = None
+            if clip is not None:
+                # Rounded as those at sampling were: what `distill` finds is closer to the truth, and so not to them
+                with torch.no_grad():
+                    logps = head.token_logps(hidden, tokens)
+                weights = importance_ratio(logps, batch["m_step_old_logps"][mask], clip=clip)
             # A plain tuple: engines take apart what a forward pass returns
-            return tuple(
-                distill(hidden, target, head, teacher_head or head, tokens, self.compare, old_logps=old_logps)
-            )
+            return tuple(distill(hidden, target, head, teacher_head or head, tokens, self.compare, weights=weights))
 
         def score(model: Any) -> tuple[torch.Tensor, ...]:
             return self._at_head(model, compare, self._hidden(model, batch, mask, teacher=False))
