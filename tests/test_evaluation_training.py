@@ -331,6 +331,21 @@ def test_the_trainer_s_vllm_samples_by_the_evaluation_s_settings_with_the_studen
     assert vllm.calls[1][2:] == (settings, drawn), "the second time the same samples"
 
 
+def test_the_most_likely_answer_is_asked_for_once_whatever_k(tmp_path, tokenizer):
+    """vLLM's server refuses to find it more than once."""
+    trainer = tiny.trainer(tmp_path, tok=tokenizer, vllm_max_model_length=100)
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    vllm = trainer.vllm_generation = VLLM(trainer, "server")
+    from vpd_trl.evaluation.training import TrainingEvaluation
+
+    run = Evaluation(tiny.dataset(3, conversational=True), careless_reward, k=3, sampling=Sampling(temperature=0.0))
+    TrainingEvaluation(trainer, run)()
+    ((prompts, n, _, _),) = vllm.calls
+    assert (len(prompts), n) == (3, 1)
+    saved = map(json.loads, (tmp_path / "evaluation" / "step-0" / "problems.jsonl").read_text().splitlines())
+    assert [len(line["completions"]) for line in saved] == [3] * 3
+
+
 def test_a_schedule_free_optimizer_evaluates_its_own_weights(tmp_path, tokenizer):
     trainer = tiny.trainer(tmp_path, tok=tokenizer, evaluation=evaluation())
     switched = []

@@ -232,6 +232,26 @@ def test_the_gradient_is_the_policy_gradient_with_an_advantage_for_each_token(tm
     assert torch.allclose(found["gradient"], found["expected"], atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ADVANTAGE_METHODS)
+def test_advantages_take_the_log_probabilities_that_trl_has_computed(tmp_path, method):
+    def passes(trainer):
+        asked, score = [], trainer.scorer.sampled_logps
+
+        def noted(model, batch, *, teacher):
+            asked.append(teacher)
+            return score(model, batch, teacher=teacher)
+
+        trainer.scorer.sampled_logps = noted
+        trainer.train()
+        return asked
+
+    changes = {"method": method, "max_steps": 1, "gradient_accumulation_steps": 1}
+    assert set(passes(tiny.trainer(tmp_path, **changes))) == {True, False}
+    again = tiny.trainer(tmp_path, **changes, num_iterations=2)
+    assert set(passes(again)) == {True}
+    assert "old_per_token_logps" in again._buffered_inputs[0]
+
+
 def test_the_importance_clip_of_the_m_step_leaves_grpos_loss_alone(tmp_path):
     plain = {"method": "joint_loss", "joint_rl_weight": 1.0, "joint_kl_weight": 1e-9}
     without = trained(tmp_path / "a", **plain)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
+from vpd_trl import scoring
 from vpd_trl.batch import concatenated, loss_mask, rows_of
 from vpd_trl.lengths import by_length, compact, row_lengths, within_budget
 
@@ -231,6 +232,36 @@ def test_log_probabilities_that_trl_has_computed_are_the_priors(tmp_path):
         assert a.get("e_step/loss") == pytest.approx(b.get("e_step/loss"), abs=1e-5)
     for name, weight in tiny.weights(again).items():
         torch.testing.assert_close(weight, tiny.weights(trainer)[name], atol=2e-6, rtol=1e-4)
+
+
+def test_log_probabilities_for_importance_ratios_are_of_rows_with_feedback_and_the_priors_too(tmp_path):
+    changes = {"max_steps": 1, "e_step_frequency": 1, "m_step_importance_clip": 2.0}
+    trainer = build(tmp_path, **changes)
+    scored, score = [], trainer.scorer.frozen_logps
+    trainer.scorer.frozen_logps = lambda batch, teacher=False: (
+        scored.append((teacher, len(batch["completion_ids"]))),
+        score(batch, teacher=teacher),
+    )[1]
+    counts = counted(trainer)
+    rows = concatenated(trainer._buffered_inputs)
+    assert sum(n for teacher, n in scored if not teacher) == rows["has_feedback"].sum() < len(rows["has_feedback"])
+    teacher = (row_lengths(rows, teacher=True) - 1)[rows["has_feedback"]].sum().item()
+    assert counts["e_step"][1] == 2 * teacher, "no pass of the prior"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_importance_ratios_of_the_student_s_own_rollouts_are_1(tmp_path, bf16, monkeypatch):
+    ratios, ratio = [], scoring.importance_ratio
+    monkeypatch.setattr(scoring, "importance_ratio", lambda *a, **k: (ratios.append(ratio(*a, **k)), ratios[-1])[1])
+    trainer = build(tmp_path, method="sdpo", m_step_importance_clip=2.0, max_steps=1, bf16=bf16)
+    trainer.train()
+    with torch.no_grad():  # logits of some size, which half precision rounds
+        trainer.model.get_output_embeddings().weight.mul_(30.0)
+    rows = trainer._buffered_inputs[0]
+    rows["m_step_old_logps"] = trainer.scorer.frozen_logps(rows)
+    ratios.clear()
+    trainer.scorer.distill(trainer.model, rows, loss_mask(rows).bool())
+    assert torch.equal(*torch.broadcast_tensors(ratios[0], torch.ones(())))
 
 
 @pytest.mark.parametrize("changes", [{"prior": "fixed"}, {"dropout": True}, {"late": True}], ids=str)

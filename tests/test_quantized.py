@@ -111,6 +111,15 @@ def test_three_and_three_steps_of_a_qlora_run_are_six(folder, tmp_path):
     assert tiny.same(*({n: p.data for n, p in t.teacher.parameters.items()} for t in (whole, parts)))
 
 
+def test_the_best_adapter_comes_back_in_the_precision_that_it_was_trained_in(folder, tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    changes |= {"eval_dataset": tiny.dataset(4), "per_device_eval_batch_size": 4, "load_best_model_at_end": True}
+    trainer = build(folder, tmp_path, "nf4", **changes, metric_for_best_model="eval_reward")
+    before = {name: p.dtype for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert {name: p.dtype for name, p in trainer.model.named_parameters()} == before
+
+
 @pytest.mark.parametrize("bits", QUANTIZED)
 @pytest.mark.parametrize("given", ["argument", "dict", "model_init_kwargs", "dict in model_init_kwargs", "model"])
 def test_vllm_is_refused_with_a_quantized_student_however_it_is_given(folder, tmp_path, bits, given):

@@ -1,10 +1,8 @@
 """Vision-language models: student and teacher see the same images, and each row its own."""
 
-import types
-from contextlib import nullcontext
-
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from PIL import Image
 
@@ -13,7 +11,7 @@ from vpd_trl import Feedback
 from vpd_trl.batch import pieces_of, rows_of
 from vpd_trl.evaluation import Evaluation
 from vpd_trl.feedback import SelfCritiqueFeedback
-from vpd_trl.prompts import check_prompt
+from vpd_trl.prompts import check_images, check_prompt
 from vpd_trl.text import with_text
 
 
@@ -152,6 +150,11 @@ def test_a_feedback_function_that_asks_the_student_shows_it_the_image(tmp_path, 
 def test_a_model_of_text_alone_is_not_given_images_silently(tmp_path):
     with pytest.raises(ValueError, match=r"has images \(images\), but the model is shown text alone"):
         tiny.trainer(tmp_path, data=tiny_vision.dataset())
+    with pytest.raises(ValueError, match=r"has images \(images\)"):
+        tiny.trainer(tmp_path, eval_dataset={"a": tiny_vision.dataset(4)}, per_device_eval_batch_size=4)
+    stream = IterableDataset.from_generator(lambda: iter(tiny_vision.dataset()))
+    with pytest.raises(ValueError, match=r"has images \(images\)"):
+        tiny.trainer(tmp_path, data=stream)
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
@@ -161,16 +164,23 @@ def test_an_evaluation_that_would_not_see_its_images_is_refused(tmp_path, column
         Evaluation(rows, tiny.parity_reward)
 
 
-@pytest.mark.parametrize("engine", ["is_fsdp", "is_zero3", None])
-def test_a_micro_batch_without_an_image_is_refused_where_processes_share_the_image_encoder(tmp_path, engine):
-    trainer = build(tmp_path, tiny_vision.llava(), method="sdpo", max_steps=1)
-    trainer.train()
-    batch = {**trainer._buffered_inputs[0]}
-    batch["pixel_values"] = batch["pixel_values"][:0]
-    trainer.accelerator = types.SimpleNamespace(num_processes=2)
-    trainer._dist = types.SimpleNamespace(**{"is_fsdp": False, "is_zero3": False} | ({engine: True} if engine else {}))
-    with pytest.raises(ValueError, match=r"without an image.*DDP or ZeRO-2") if engine else nullcontext():
-        assert trainer.scorer._images(batch, batch["prompt_ids"], teacher=False) == {}
+@pytest.mark.parametrize("empty", [None, []])
+def test_rows_without_images_among_others_are_refused_before_processes_wait_for_each_other(tmp_path, empty):
+    def tiny_image():
+        return Image.new("RGB", (28, 28))
+
+    with_image, without = {"prompt": "a", "images": [tiny_image()]}, {"prompt": "b", "images": empty}
+    check_images([with_image] * 2, alone=False)
+    check_images([{"prompt": "text alone"}] * 2, alone=False)
+    check_images([without] * 2, alone=True)
+    with pytest.raises(ValueError, match=r"^1 of 2 rows .* nothing in images.*each row an image"):
+        check_images([with_image, without], alone=True)
+    with pytest.raises(ValueError, match=r"^2 of 2 rows"):
+        check_images([without] * 2, alone=False)
+    rows = tiny_vision.dataset(4).to_list()
+    data = Dataset.from_list([{**row, "images": empty if i == 1 else [tiny_image()]} for i, row in enumerate(rows)])
+    with pytest.raises(ValueError, match="can't be mixed"):
+        build(tmp_path, tiny_vision.llava(), data=data, num_generations=2).train()
 
 
 def test_rows_take_along_the_pixels_of_their_images_in_every_layout():

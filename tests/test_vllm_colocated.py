@@ -141,6 +141,29 @@ def test_whatever_samples_finds_the_student_s_weights_and_vllm_sleeps_in_between
     assert not engine.awake
 
 
+@pytest.mark.parametrize(
+    ("changes", "scores"),
+    [({}, False), ({"method": "sdpo"}, False), ({"method": "joint_loss"}, True), ({"method": "grpo"}, True)],
+    ids=str,
+)
+def test_trl_scores_rollouts_only_for_a_loss_that_reads_it(tmp_path, llm, changes, scores):
+    trainer = tiny.trainer(
+        tmp_path, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=100, max_steps=1, **changes
+    )
+    generate, calls = trainer._generate_and_score_completions, []
+    score = trainer._get_per_token_logps_and_entropies
+
+    def generating(inputs):
+        trainer._get_per_token_logps_and_entropies = lambda *a, **k: (calls.append(True), score(*a, **k))[1]
+        found = generate(inputs)
+        trainer._get_per_token_logps_and_entropies = score
+        return found
+
+    trainer._generate_and_score_completions = generating
+    trainer.train()
+    assert bool(calls) is scores
+
+
 def test_after_the_best_checkpoint_was_loaded_vllm_samples_from_its_weights(tmp_path, llm, monkeypatch):
     monkeypatch.setattr(vllm_generation, "LLM", WakefulLLM)
     trainer = tiny.trainer(

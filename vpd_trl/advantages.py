@@ -57,11 +57,11 @@ class AdvantageShaper:
         rows = batch["has_feedback"].nonzero().squeeze(-1)
         if self.trainer.engine.shards_weights:  # equally many passes on all processes, which gather weights together
             rows = torch.arange(len(mask), device=mask.device)
+        student_logps = scorer.known_logps(batch)
         if len(rows):
-            chosen = rows_of(batch, rows)
-            student_logps = scorer.frozen_logps(chosen)
             with self.trainer.teacher.target_context():
-                log_ratio[rows] = (scorer.frozen_logps(chosen, teacher=True) - student_logps).to(log_ratio.dtype)
+                teacher_logps = scorer.frozen_logps(rows_of(batch, rows), teacher=True)
+            log_ratio[rows] = (teacher_logps - student_logps[rows]).to(log_ratio.dtype)
         log_ratio = torch.where(mask > 0, log_ratio, 0.0)
         self._log(log_ratio, batch, mask)
         return log_ratio

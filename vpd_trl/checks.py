@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
@@ -168,7 +168,7 @@ def check_model(trainer: VPDTrainer) -> None:
         ValueError: If it is not supported.
     """
     args, model = trainer.args, trainer.model
-    images = {"image", "images"} & set(getattr(trainer.train_dataset, "column_names", None) or ())
+    images = {"image", "images"} & _columns_of(trainer.train_dataset, trainer.eval_dataset)
     if images and not trainer._is_vlm:
         raise ValueError(
             f"The data set has images ({', '.join(sorted(images))}), but the model is shown text alone: "
@@ -196,6 +196,18 @@ def check_model(trainer: VPDTrainer) -> None:
             f"method={args.method!r} does not add the load-balancing loss of this mixture-of-experts model "
             "(router_aux_loss_coef) to its steps."
         )
+
+
+def _columns_of(*datasets: Any) -> set[str]:
+    """The columns of data sets, of several by name too; a stream that doesn't know tells them by its first row."""
+    found: set[str] = set()
+    for data in datasets:
+        if isinstance(data, Mapping):
+            found |= _columns_of(*data.values())
+        elif data is not None:
+            names = getattr(data, "column_names", None)
+            found |= set(next(iter(data), {}) if names is None else names)
+    return found
 
 
 def _check_engine(trainer: VPDTrainer) -> None:

@@ -58,6 +58,10 @@ class _Update:
     rewards: list[torch.Tensor] = field(default_factory=list)
 
 
+def _first_of(batch: Batch, *names: str) -> Any:
+    return next((batch[name] for name in names if batch.get(name) is not None), None)
+
+
 class EStep:
     """
     Trains the teacher on a rollout batch by Binary Classifier Optimization.
@@ -102,8 +106,11 @@ class EStep:
         reuse = fresh and self.trainer.prior.is_student and not has_dropout(self.trainer.model)
         with self.trainer.prior.context():
             for u in possible:
-                # With vLLM, or several iterations, TRL has scored the rollouts already
-                known = [batch.get("old_per_token_logps") if reuse else None for batch in u.micro_batches]
+                # With several iterations TRL has scored the rollouts already, for importance ratios the trainer has
+                known = [
+                    _first_of(batch, "old_per_token_logps", "m_step_old_logps") if reuse else None
+                    for batch in u.micro_batches
+                ]
                 u.priors = [logps(b) if old is None else old for b, old in zip(u.micro_batches, known, strict=True)]
         with self.trainer.teacher.training_context():
             for u in possible:
@@ -140,9 +147,11 @@ class EStep:
         sizes = within_budget(lengths[order].tolist(), micro_batch_size * longest, micro_batch_size)
         count = int(accelerator.gather(torch.tensor(len(sizes), device=accelerator.device)).max())
         pieces = [rows_of(rows, part) for part in order.split(sizes)]
-        while len(pieces) < count:
+        while (
+            len(pieces) < count
+        ):  # with a row that counts for nothing, and of which one token goes through the network
             filler = rows_of(rows, slice(0, 1))
-            pieces.append({**filler, "eligible": torch.zeros_like(filler["eligible"])})
+            pieces.append(filler | {name: torch.zeros_like(filler[name]) for name in ("eligible", "completion_mask")})
         return pieces
 
     def _update(self, update: _Update) -> None:

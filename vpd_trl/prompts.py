@@ -7,7 +7,7 @@ sampled. This module makes the first part: it never sees a completion's ids, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,30 @@ def check_prompt(prompt: Any) -> None:
             raise ValueError(
                 f"Only text and images can be shown to the teacher; a message has parts of type {sorted(map(str, kinds))}."
             )
+
+
+def check_images(rows: Sequence[Mapping[str, Any]], *, alone: bool) -> None:
+    """
+    Check that rows of a data set with images have them: processors take no batch of both kinds.
+
+    Args:
+        rows: Of a rollout batch.
+        alone: Whether this is the only process. If not, others have images while this one waits for them.
+
+    Raises:
+        ValueError: If some have none.
+    """
+    columns = {"image", "images"} & set().union(*rows)
+    without = [i for i, row in enumerate(rows) if not any(_shows(row.get(column)) for column in columns)]
+    if columns and without and not (alone and len(without) == len(rows)):
+        raise ValueError(
+            f"{len(without)} of {len(rows)} rows of a rollout batch have nothing in {' or '.join(sorted(columns))}. Rows "
+            "with and without images can't be mixed: give each row an image, or train on the two kinds apart."
+        )
+
+
+def _shows(images: Any) -> bool:
+    return images is not None and not (isinstance(images, (list, tuple)) and all(i is None for i in images))
 
 
 @dataclass(frozen=True)

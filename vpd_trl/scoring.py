@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.models.utils import _ForwardRedirection
 
-from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of
+from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of, rows_of
 from .distillation import Comparison, Distillation, distill
 from .lengths import compact
 from .losses import Head, importance_ratio, sequence_log_ratio
-from .network import at_head, hidden_states, scoring_mode
+from .network import at_head, has_dropout, hidden_states, scoring_mode
 
 
 if TYPE_CHECKING:
@@ -61,6 +61,23 @@ class Scorer:
         with scoring_mode(model):
             pieces = pieces_of(batch, self.args.per_device_train_batch_size)
             return torch.cat([self.sampled_logps(model, piece, teacher=teacher) for piece in pieces])
+
+    def known_logps(self, batch: Batch) -> torch.Tensor:
+        """
+        The student's `frozen_logps` of rollouts that have just been sampled, 0 for those without feedback.
+
+        Those that TRL has computed, if it has: it does where a step may train on older rollouts.
+        """
+        old_logps = batch.get("old_per_token_logps")
+        if old_logps is not None and not has_dropout(self.trainer.model):
+            return old_logps
+        rows = batch["has_feedback"].nonzero().squeeze(-1)
+        if self.trainer.engine.shards_weights:  # equally many passes on all processes, which gather weights together
+            rows = torch.arange(len(batch["has_feedback"]), device=rows.device)
+        logps = torch.zeros(batch["completion_ids"].shape, device=rows.device)
+        if len(rows):
+            logps[rows] = self.frozen_logps(rows_of(batch, rows)).to(logps.dtype)
+        return logps
 
     def distill(self, model: Any, batch: Batch, mask: torch.Tensor) -> Distillation:
         """The M-step's loss on the n tokens of `mask` (B, T), with its importance weights where it has any."""
@@ -125,7 +142,6 @@ class Scorer:
         """What a vision-language model takes beside token ids (B, P + T): the same images for student and teacher."""
         inputs = {name: batch[name] for name in IMAGES if name in batch}
         if "pixel_values" in inputs and not inputs["pixel_values"].numel():  # no row here has an image
-            self._check_without_images()
             inputs = {}
         for name in TOKEN_TYPES:
             if name in batch and not teacher:
@@ -134,15 +150,6 @@ class Scorer:
                 prompt = batch["teacher_prompt_ids"].size(1)
                 inputs[name] = self._token_types(batch, name, input_ids, prompt)
         return inputs
-
-    def _check_without_images(self) -> None:
-        """Where processes wait for each other's parts of the image encoder, none of them can leave it out."""
-        dist = self.trainer._dist
-        if self.trainer.accelerator.num_processes > 1 and (dist.is_fsdp or dist.is_zero3):
-            raise ValueError(
-                "A micro-batch without an image came up, which FSDP and ZeRO-3 can't leave out of the image encoder on "
-                "one process alone. Give each row an image, or use DDP or ZeRO-2."
-            )
 
     @staticmethod
     def _token_types(batch: Batch, name: str, input_ids: torch.Tensor, prompt: int) -> torch.Tensor:

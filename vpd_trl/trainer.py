@@ -30,7 +30,7 @@ from .feedback.collect import FeedbackCollector
 from .lengths import by_length_within_steps
 from .m_step import MStep
 from .processes import stop_together
-from .prompts import check_prompt
+from .prompts import check_images, check_prompt
 from .scoring import Scorer
 from .teacher import make_prior, make_teacher
 from .teacher_inputs import TeacherInputs
@@ -190,6 +190,8 @@ class VPDTrainer(GRPOTrainer):
         self.rl_weight = args.joint_rl_weight if joint else float(self.parts.policy_gradient)
         self.kl_weight = args.joint_kl_weight if joint else float(self.parts.distills)
         checks.check_model(self)
+        if not self.rl_weight:  # it corrects GRPO's loss alone, and takes a forward pass over all rollouts
+            self.vllm_importance_sampling_correction = False
         self.engine = make_engine(self)
         self.teacher = make_teacher(self, teacher_peft_config)
         self.prior = make_prior(self)
@@ -268,6 +270,7 @@ class VPDTrainer(GRPOTrainer):
             for row in inputs:
                 if "prompt" in row:  # else it comes from the environment
                     check_prompt(row["prompt"])
+            check_images(inputs, alone=self.accelerator.num_processes == 1)
         self._rollout_start = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)
         assert self._annotation is not None
@@ -276,8 +279,7 @@ class VPDTrainer(GRPOTrainer):
         batch["outcome"] = annotation.outcome
         if self.kl_weight and self.args.m_step_importance_clip is not None:
             # Under a name of its own: GRPO's loss would take it too
-            old_logps = batch.get("old_per_token_logps")
-            batch["m_step_old_logps"] = self.scorer.frozen_logps(batch) if old_logps is None else old_logps
+            batch["m_step_old_logps"] = self.scorer.known_logps(batch)
         if self.parts.shapes_advantages:
             batch["advantages"] = self.shape_advantages(batch)
         return batch
@@ -361,7 +363,8 @@ class VPDTrainer(GRPOTrainer):
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with state.kept_dtypes(self.model):
+            super()._load_best_model()
         self.weights_step = self.state.best_global_step
         self._last_loaded_step = -1  # what vLLM has is of the last step
         if self.parts.uses_feedback:

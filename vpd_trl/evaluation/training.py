@@ -179,8 +179,11 @@ class _VLLM:
         fits = [self._room is None or len(ids) < self._room for ids in prompt_ids]
         # Something short in place of what is too long, for the lists of all processes must be equally long
         repeated = [ids if ok else ids[-1:] for ids, ok in zip(prompt_ids, fits, strict=True) for _ in range(k)]
+        # The most likely tokens are the same each time, and a server refuses to find them more than once
+        n = 1 if sampling.temperature == 0 else k
         with self._settings(sampling, seeds[0]):
-            completions, _ = trainer._generate_single_turn(repeated, None, {}, num_generations=k)
+            completions, _ = trainer._generate_single_turn(repeated[:: k // n], None, {}, num_generations=n)
+        completions = [ids for ids in completions for _ in range(k // n)]
         samples = []
         for ids, ok in zip(completions, [ok for ok in fits for _ in range(k)], strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
