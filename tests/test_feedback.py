@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from tests import tiny
 from vpd_trl import Feedback, FeedbackFn
-from vpd_trl.feedback import Rollout, SiblingFeedback
+from vpd_trl.feedback import ExecutionFeedback, Rollout, SiblingFeedback
 from vpd_trl.feedback.base import RESERVED_KEYWORDS
 from vpd_trl.feedback.collect import FeedbackCollector, group_siblings
 
@@ -76,6 +76,36 @@ def test_async_functions_wait_together():
     start = time.perf_counter()
     call([slow] * 8)
     assert time.perf_counter() - start < 1.0
+
+
+def test_what_runs_on_a_thread_works_beside_what_asks_the_model():
+    """As programs do beside a critique."""
+
+    class Programs:
+        runs_on_a_thread = True
+
+        def __call__(self, prompts, **kwargs):
+            time.sleep(0.4)
+            return ["ran"] * len(prompts)
+
+    def model(prompts, **kwargs):
+        time.sleep(0.4)
+        return ["said"] * len(prompts)
+
+    start = time.perf_counter()
+    assert call([model, Programs()]) == [Feedback(critique="said")] * 2
+    assert time.perf_counter() - start < 0.7
+
+    class Broken(Programs):
+        def __call__(self, prompts, **kwargs):
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no") as error:
+        call([model, Broken()])
+    assert getattr(error.value, "__notes__", []).count("(raised by the feedback function 'Broken')") == 1 or (
+        sys.version_info < (3, 11)
+    )
+    assert ExecutionFeedback.runs_on_a_thread
 
 
 def test_an_async_function_gathers_its_own_requests():

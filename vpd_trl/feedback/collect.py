@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from trl.trainer.utils import (
@@ -24,7 +25,7 @@ class FeedbackCollector:
 
     Async functions run together, and beside the others, on an event loop of the collector's own thread, which lives as
     long as the process: clients that an `async` function keeps stay valid, and a loop that already runs (a notebook's)
-    is left alone.
+    is left alone. So does what has an attribute `runs_on_a_thread` that is true: it must not ask the model.
 
     Args:
         feedback_fn: One feedback function or a list of them; of a list, the first non-blank text of each section wins.
@@ -49,6 +50,7 @@ class FeedbackCollector:
         self._accepts = [_accepted_keywords(function) for function in functions]
         self._columns = [set(getattr(function, "required_columns", ())) for function in functions]
         self._is_async = [is_async_callable(function) for function in functions]
+        self._on_a_thread = [bool(getattr(function, "runs_on_a_thread", False)) for function in functions]
         self._running_loop: asyncio.AbstractEventLoop | None = None
 
     def check_columns(self, columns: Sequence[str]) -> None:
@@ -90,8 +92,13 @@ class FeedbackCollector:
         running: dict[int, Any] = {}
         try:
             # What waits for others begins first, and waits while the rest works
-            for i in sorted(range(len(self.functions)), key=lambda i: not self._is_async[i]):
-                results[i] = self._call(i, kwargs)
+            for i in sorted(range(len(self.functions)), key=lambda i: not (self._is_async[i] or self._on_a_thread[i])):
+                call = self._bound(i, kwargs)
+                if self._on_a_thread[i]:
+                    results[i] = asyncio.to_thread(call)
+                else:
+                    with _named(self.names[i]):
+                        results[i] = call()
                 if inspect.isawaitable(results[i]):
                     running[i] = asyncio.run_coroutine_threadsafe(self._await(self.names[i], results[i]), self._loop())
             for i, future in running.items():
@@ -103,11 +110,11 @@ class FeedbackCollector:
         checked = [self._check(name, result, count) for name, result in zip(self.names, results, strict=True)]
         return [merge(entries) for entries in zip(*checked, strict=True)]
 
-    def _call(self, i: int, kwargs: dict[str, Any]) -> Any:
+    def _bound(self, i: int, kwargs: dict[str, Any]) -> Callable[[], Any]:
+        """A function with those of the keywords that it takes."""
         accepted, _ = self._accepts[i]
         selected = kwargs if accepted is None else {key: kwargs[key] for key in accepted if key in kwargs}
-        with _named(self.names[i]):
-            return self.functions[i](**selected)
+        return partial(self.functions[i], **selected)
 
     @staticmethod
     async def _await(name: str, awaitable: Any) -> Any:

@@ -32,7 +32,7 @@ _NOT_FOR_ONE = ("generate", "log_extra")
 class EachRollout:
     """
     Asks a function about each rollout by itself, many at a time: what waits for one second a rollout takes about one
-    second a batch.
+    second for `max_concurrency` rollouts of a process.
 
     Example:
 
@@ -49,7 +49,7 @@ class EachRollout:
             it needs of `prompt`, `completion`, `reward`, `completion_ids`, `text`, `success`, `siblings`,
             `environment`, `special_tokens`, `trainer_state`, `log_metric` and the columns of the data set. A plain
             function runs on several threads at a time, so it must not change what it shares with itself.
-        max_concurrency (`int`, *optional*, defaults to `32`):
+        max_concurrency (`int`, *optional*, defaults to `256`):
             Most calls at a time.
 
     Raises:
@@ -58,7 +58,7 @@ class EachRollout:
             `max_concurrency` is not a positive whole number.
     """
 
-    def __init__(self, function: Callable[..., Any], max_concurrency: int = 32) -> None:
+    def __init__(self, function: Callable[..., Any], max_concurrency: int = 256) -> None:
         if not callable(function):
             raise TypeError(f"EachRollout takes a function of one rollout; got {type(function).__name__}.")
         if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1:

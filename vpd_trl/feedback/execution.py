@@ -64,6 +64,9 @@ class ExecutionFeedback:
         TypeError, ValueError: If an argument is not one of these.
     """
 
+    # Programs run in processes of their own, beside what asks the model
+    runs_on_a_thread = True
+
     def __init__(
         self,
         runner: CodeRunner | None = None,
