@@ -33,6 +33,22 @@ def test_every_new_config_field_has_help_and_is_in_the_docstring():
         assert f"\n        {f.name} (" in VPDConfig.__doc__, f.name
 
 
+def test_what_it_says_of_vllm_is_in_the_results_file():
+    scenarios = json.loads((ROOT / "examples/accelerate/results/vllm_cpu.json").read_text())["scenarios"]
+    assert {"shared", "ema", "lora_teacher", "lora_student_and_teacher", "server"} <= scenarios.keys()
+    batches = [batch for scenario in scenarios.values() for batch in scenario["batches"]]
+    worst = max(batch["student"] for batch in batches)
+    own = ("ema", "lora_teacher", "lora_student_and_teacher")
+    others = [b[k] for s in scenarios.values() for b in s["batches"][1:] for k in ("initial", "before_e_step")]
+    others += [batch["teacher"] for name in own for batch in scenarios[name]["batches"][1:]]
+    told = re.search(
+        r"student's to ([\d.]+) nats a token, where older weights or another teacher's are ([\d.]+)",
+        " ".join(README.split()),
+    )
+    assert float(told[1]) >= worst > float(told[1]) - 0.001
+    assert float(told[2]) == round(min(others), 2)
+
+
 def test_every_metric_that_a_run_logs_is_in_the_readme(tmp_path):
     trainer = tiny.trainer(tmp_path, max_steps=2)
     trainer.train()

@@ -135,8 +135,8 @@ def main(scenario, folder):
     seen["initial"] = initial
     trainer.train()
     log = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in trainer.state.log_history]
-    final = at_the_end(trainer) if trainer.vllm_mode == "colocate" else []
-    torch.save({"records": records, "final": max(final, default=0.0), "log": log}, f"{folder}/result.pt")
+    final = max(at_the_end(trainer)) if trainer.vllm_mode == "colocate" else None
+    torch.save({"records": records, "final": final, "log": log}, f"{folder}/result.pt")
 
 
 def at_the_end(trainer):

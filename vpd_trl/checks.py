@@ -256,8 +256,8 @@ def _check_bits_on_fsdp(model: Any) -> None:
     kinds = {type(parameter).__name__: parameter for parameter in model.parameters()}
     if "Int8Params" in kinds:
         raise ValueError(
-            "FSDP can't split a model in 8 bits. Use DDP or DeepSpeed, or 4 bits with "
-            "bnb_4bit_quant_storage set to the dtype of the other weights."
+            "FSDP can't split a model in 8 bits. Use 4 bits with bnb_4bit_quant_storage set to the dtype of the other "
+            "weights, or DDP."
         )
     if "Params4bit" in kinds and not kinds["Params4bit"].is_floating_point():
         raise ValueError(
