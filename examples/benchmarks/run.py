@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -127,11 +128,11 @@ def about(name: str) -> dict[str, Any]:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
     packages = {package: version(package) for package in ("torch", "transformers", "trl")}
+    changed = git("status", "--porcelain", "--", "../../vpd_trl", ".", ":!results")
     return {
         "command": f"python -m examples.benchmarks.run {name}",
-        "commit": git("rev-parse", "--short", "HEAD")
-        + ("+" if git("status", "--porcelain", "--", "../../vpd_trl") else ""),
-        "machine": f"one thread, {platform.machine()}",
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+        "machine": f"one thread of {os.cpu_count()}, {platform.machine()}",
         "versions": packages,
     }
 
@@ -143,7 +144,10 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for name, measure in MEASURED.items():
         if what in (name, "all"):
-            result = about(name) | measure()
+            before = about(name)
+            result = before | measure()
+            if about(name) != before:
+                raise SystemExit(f"{name}: the code changed while it was measured, so nothing is written")
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}: {RESULTS / name}.json", flush=True)
     from .report import write
