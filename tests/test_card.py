@@ -6,12 +6,15 @@ from dataclasses import fields
 from itertools import pairwise
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset, DatasetInfo
 from huggingface_hub import ModelCard, ModelCardData
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from trl.trainer import base_trainer
 
-from tests import tiny
+from tests import tiny, tiny_vision
 from vpd_trl import VPDConfig, card, card_results
 from vpd_trl.evaluation import Evaluation, Sampling
 from vpd_trl.feedback import SiblingFeedback
@@ -124,6 +127,120 @@ def test_each_method_has_its_own_name_tags_and_paper(tmp_path, method):
     assert ("Teacher" in rows(written.text)) == (method != "grpo")
     assert ("Its target" in rows(written.text)) == trainer.parts.distills
     assert card.METHODS.keys() == METHODS.keys()
+
+
+def test_every_papers_authors_are_cited(tmp_path):
+    for method, identity in card.METHODS.items():
+        citation = identity.paper["citation"]
+        assert re.search(r"^ +author += \{[^=]+ and [^=]+\},$", citation, flags=re.M), method
+        assert citation.count("{") == citation.count("}")
+        assert identity.paper["id"] in citation
+    text = made(tiny.trainer(tmp_path)).text
+    assert "author = {Yang Li and Erik Nijkamp and Semih Yavuz and Shafiq Joty},\n" in text
+    assert r"author = {Jonas H{\"u}botter and Frederike L{\"u}beck and " in card.SDPO_PAPER["citation"]
+
+
+QUANTIZED = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True, "llm_int8_threshold": 5.0},
+}
+
+
+def quantized(tmp_path, bits):
+    """A student in few bits, and a folder with its weights as they were before."""
+    pytest.importorskip("bitsandbytes")
+    base = tmp_path / "base"
+    tiny.model(tiny.tokenizer(), hidden_size=64, intermediate_size=128, head_dim=32).save_pretrained(base)
+    config = BitsAndBytesConfig(**QUANTIZED[bits])
+    return base, AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[40, 41, 42, 43, 44]])).logits
+
+
+def in_bfloat16(model):
+    """The model with its adapter in bfloat16, as it was trained on quantized weights; PEFT loads it in float32."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("teacher", ["shared", "lora"])
+@pytest.mark.parametrize("bits", QUANTIZED)
+def test_the_cards_code_loads_a_quantized_student_and_its_teacher_as_they_were_trained(
+    tmp_path, monkeypatch, bits, teacher
+):
+    _, model = quantized(tmp_path, bits)
+    logits(model)  # bitsandbytes lays its weights out anew when a CPU first uses them
+    trainer = tiny.trainer(
+        tmp_path / "out",
+        mdl=model,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        teacher=teacher,
+        e_step_frequency=1,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    trainer.save_model()
+    monkeypatch.chdir(tmp_path)  # the card has the folder's name
+    scope, code_ = {}, read(trainer).text.split("```python\n")[1].split("\n```")[0]
+    exec(code_.split("\n\n# The teacher")[0], scope)
+    trained, unquantized = logits(trainer.model), logits(in_bfloat16(AutoPeftModelForCausalLM.from_pretrained("out")))
+    torch.testing.assert_close(logits(in_bfloat16(scope["student"])), trained)
+    assert (unquantized - trained).abs().max() > 1e-3
+    exec(code_, scope)
+    assert ("teacher" in scope) == (teacher == "lora")
+    if teacher == "lora":
+        with trainer.teacher.target_context():
+            torch.testing.assert_close(logits(scope["teacher"]), logits(trainer.model), atol=3e-3, rtol=0)
+        assert (logits(scope["teacher"]) - trained).abs().max() > 0.1
+
+
+def test_the_cards_code_loads_a_quantized_vision_language_student(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    model, processor = tiny_vision.llava()
+    model.save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(**QUANTIZED["nf4"])
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", quantization_config=config)
+    logits(model)  # as above
+    trainer = tiny.trainer(
+        tmp_path / "out",
+        mdl=model,
+        tok=processor,
+        data=tiny_vision.dataset(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        max_steps=1,
+    )
+    trainer.train()
+    trainer.save_model()
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(read(trainer).text.split("```python\n")[1].split("\n```")[0], scope)
+    torch.testing.assert_close(logits(in_bfloat16(scope["student"])), logits(trainer.model))
+
+
+def test_a_base_that_was_published_in_few_bits_needs_no_word_of_them(tmp_path, monkeypatch):
+    _, model = quantized(tmp_path, "nf4")
+    model.save_pretrained(tmp_path / "published")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+    trainer = tiny.trainer(tmp_path / "out", mdl=model, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"))
+    trainer.save_model()
+    text = made(trainer).text
+    assert "on weights quantized to 4 bits" in text
+    code_ = text.split("```python\n")[1].split("\n```")[0]
+    assert "BitsAndBytesConfig" not in code_
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(code_, scope)
+    assert scope["student"].is_loaded_in_4bit
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import struct
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers.integrations import TensorBoardCallback
 
 from tests import tiny
 from vpd_trl.evaluation import Evaluation, Sampling
-from vpd_trl.tracking import MOST_ROWS, as_text, completions_table
+from vpd_trl.tracking import MOST_ROWS, CompletionsTable, as_text, completions_table
 
 
 # Logged once, at the end of a run: a summary, not a curve
@@ -84,9 +86,9 @@ def test_tensorboard_has_all_metrics_and_the_completions(tmp_path, caplog):
     events.Reload()
     for name, values in logged.items():
         assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(values), name
-    tables = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("completions/text_summary")}
-    assert list(tables) == [1, 2]
-    header, _, *rows = tables[2].splitlines()
+    entries = events.Tensors("completions/text_summary")
+    assert [entry.step for entry in entries] == [1, 2], "one for each rollout batch, not for each entry of the log"
+    header, _, *rows = entries[-1].tensor_proto.string_val[0].decode().splitlines()
     assert header == "| prompt | completion | parity&#95;reward | feedback | advantage |"
     assert len(rows) == 8
     assert rows[0].count("|") == header.count("|")
@@ -195,6 +197,22 @@ def test_a_metric_without_a_value_is_not_logged(tmp_path):
     assert trainer._metrics["train"]["m_step/divergence"] == [0.5]
 
 
+def test_a_table_is_written_to_tensorboard_once_however_often_is_logged(tmp_path):
+    def row(completion):
+        return {"prompt": ["1+1="], "completion": [completion], "rewards": {}, "extra": {}, "advantages": [0.5]}
+
+    written = []
+    board = TensorBoardCallback(SimpleNamespace(add_text=lambda name, text, step: written.append((step, text))))
+    trainer = SimpleNamespace(
+        log_completions=True, callback_handler=SimpleNamespace(callbacks=[board]), _logs=row("2")
+    )
+    callback, args = CompletionsTable(trainer), SimpleNamespace(report_to=["tensorboard"])
+    for step, completion in [(1, "2"), (1, "2"), (2, "3"), (2, "3"), (3, "2")]:
+        trainer._logs = row(completion)
+        callback.on_log(args, SimpleNamespace(is_world_process_zero=True, global_step=step), None)
+    assert written == [(step, completions_table(row(c))) for step, c in [(1, "2"), (2, "3"), (3, "2")]]
+
+
 def test_the_table_in_markdown_holds_so_many_rollouts_and_no_more():
     n = MOST_ROWS + 1
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": [{"type": "text", "text": "2"}]}]
@@ -221,6 +239,8 @@ def test_tool_calls_are_in_a_conversations_text():
     shown = "[call] add(a=1, b=2)"
     assert as_text(turns) == f"assistant: {shown}\ntool: sum 3\nassistant:  <think>so</think>3\n"
     assert as_text([asks]) == f"Let me add.\n{shown}\n{shown}"
+    plain = [{"role": "assistant", "content": f"{shown}\nDone"}]
+    assert as_text(plain) == "[ call] add(a=1, b=2)\nDone", "an answer that only looks like a call"
     logs = {"prompt": ["1+2="], "completion": [turns], "rewards": {}, "extra": {}, "advantages": [0.5]}
     assert "| assistant: &#91;call&#93; add(a=1, b=2)<br>tool: " in completions_table(logs)
 

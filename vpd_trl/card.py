@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -41,6 +42,7 @@ PAPER = {
     "citation": textwrap.dedent("""\
         @article{vpd2026,
             title  = {{Learning from Language Feedback via Variational Policy Distillation}},
+            author = {Yang Li and Erik Nijkamp and Semih Yavuz and Shafiq Joty},
             year   = 2026,
             eprint = {arXiv:2605.15113},
         }"""),
@@ -52,6 +54,9 @@ SDPO_PAPER = {
     "citation": textwrap.dedent("""\
         @article{sdpo2026,
             title  = {{Reinforcement Learning via Self-Distillation}},
+            author = {Jonas H{\\"u}botter and Frederike L{\\"u}beck and Lejs Behric and Anton Baumann and
+                      Marco Bagatella and Daniel Marta and Ido Hakimi and Idan Shenfeld and
+                      Thomas {Kleine Buening} and Carlos Guestrin and Andreas Krause},
             year   = 2026,
             eprint = {arXiv:2601.20802},
         }"""),
@@ -273,29 +278,55 @@ def _loading(trainer: VPDTrainer, base: str | None) -> str:
     place, student_adapter = trainer.hub_model_id or Path(trainer.args.output_dir).name, is_peft_model(trainer.model)
     with_teacher, vision = saves_adapter(trainer), trainer._is_vlm
     auto, kind = ("AutoModelForImageTextToText", "Processor") if vision else ("AutoModelForCausalLM", "Tokenizer")
+    bits = _quantization(trainer.model) if student_adapter else None
+    # An adapter was trained on the base's weights as they were in so many bits
+    option = "" if bits is None else ", quantization_config=quantization"
     peft, classes, load = [], [auto], [f"student = {auto}.from_pretrained(name)"]
     if student_adapter and vision:  # PEFT has no class that loads both at once
         peft = ["PeftConfig", "PeftModel"]
-        load = [f"base = {auto}.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)"]
+        load = [f"base = {auto}.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path{option})"]
         load += ["student = PeftModel.from_pretrained(base, name)"]
     elif student_adapter:
         peft, classes = ["AutoPeftModelForCausalLM"], []
-        load = ["student = AutoPeftModelForCausalLM.from_pretrained(name)"]
-    peft += ["PeftModel"] * (with_teacher and "PeftModel" not in peft)
+        load = [f"student = AutoPeftModelForCausalLM.from_pretrained(name{option})"]
+    if bits is not None:
+        load = [f"quantization = {bits}", *load]
+    merges = with_teacher and not _is_quantized(trainer.model)
+    peft += ["PeftModel"] * (merges and "PeftModel" not in peft)
+    classes = [*classes, f"Auto{kind}", *["BitsAndBytesConfig"] * (bits is not None)]
     lines = [f"from peft import {', '.join(peft)}"] * bool(peft)
     lines += [
-        f"from transformers import {', '.join([*classes, f'Auto{kind}'])}",
+        f"from transformers import {', '.join(classes)}",
         "",
         f"name = {json.dumps(place)}",
         f"{kind.lower()} = Auto{kind}.from_pretrained(name)",
         *load,
     ]
     if with_teacher:
+        folder = f'subfolder="{Path(TEACHER_FOLDER).as_posix()}"'
         lines += ["", "# The teacher that the student learned from; its prompts hold feedback"]
-        if student_adapter:
+        if merges and student_adapter:
             lines += ["student = student.merge_and_unload()"]
-        lines += [f'teacher = PeftModel.from_pretrained(student, name, subfolder="{Path(TEACHER_FOLDER).as_posix()}")']
+        if merges:
+            lines += [f"teacher = PeftModel.from_pretrained(student, name, {folder})"]
+        else:  # to merge the student's adapter into few bits would round it
+            lines += [f'student.load_adapter(name, "teacher", {folder})']
+            lines += ['student.base_model.set_adapter(["default", "teacher"])', "teacher = student"]
     return "\n".join(lines)
+
+
+def _is_quantized(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _quantization(model: Any) -> str | None:
+    """Code for how a model's weights were quantized as they were loaded; `None` if they weren't, or came so."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, BitsAndBytesConfig) or getattr(model.hf_quantizer, "pre_quantized", False):
+        return None
+    values = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
+    shown = (f"    {name}={json.dumps(v) if isinstance(v, str) else repr(v)}," for name, v in sorted(values.items()))
+    return "\n".join(("BitsAndBytesConfig(", *shown, ")"))
 
 
 def _settings(args: VPDConfig) -> Iterator[tuple[str, str, str]]:

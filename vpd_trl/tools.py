@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,12 +45,19 @@ def without_tools(trainer: VPDTrainer) -> Iterator[None]:
         trainer.tools, trainer.environment_factories = tools, factories
 
 
+# What begins a call and its result. Names in it have no brackets or spaces
+_MARK = re.compile(r"\[(?=(?:call|[^\s\[\]]+ returned)\])")
+
+
 def trajectory_text(completion: str | list[dict[str, Any]], *, thinking: bool, opened: bool = False) -> str:
     """
     A completion as text: the answer, or where tools were called the calls, their results and the answers in order.
 
+    A line that begins with `[call]` is a call, one that begins with `[name returned]` a result, which goes on in the
+    indented lines below. No answer, argument or result can forge one: a space stands behind the bracket of theirs.
+
     Args:
-        completion: A string, or messages as TRL gives them to reward functions.
+        completion: A string, or messages as TRL gives them to reward functions. Only messages have tools.
         thinking: Whether `<think>` blocks stay.
         opened: Whether the prompt ended within such a block.
     """
@@ -56,21 +65,40 @@ def trajectory_text(completion: str | list[dict[str, Any]], *, thinking: bool, o
     def shown(text: str, first: bool) -> str:
         return text if thinking else strip_thinking(text, opened=opened and first)
 
-    if isinstance(completion, str) or not any(m.get("tool_calls") or m.get("role") == "tool" for m in completion):
-        return shown(completion_text(completion), True)
+    if isinstance(completion, str):
+        return shown(completion, True)
+    if not any(m.get("tool_calls") or m.get("role") == "tool" for m in completion):
+        return _without_marks(shown(completion_text(completion), True))
     parts = []
     for i, message in enumerate(completion):
         text = text_of(message.get("content"))
         if message.get("role") == "tool":
-            parts.append(f"[{message.get('name', 'tool')} returned] {text}")
+            parts.append(_result(message.get("name") or "tool", text))
         else:
-            parts += [shown(text, i == 0), *(f"[call] {_call(call)}" for call in message.get("tool_calls") or ())]
-    return "\n".join(part for part in parts if part.strip())
+            # Not indented, as the rest of a result is
+            parts.append(_without_marks(shown(text, i == 0)).strip())
+            parts += [f"[call] {_call(call)}" for call in message.get("tool_calls") or ()]
+    # JSON of the model's may name half of a character, which no tokenizer and no file takes
+    return "\n".join(part for part in parts if part).encode("utf-8", "backslashreplace").decode()
+
+
+def _without_marks(text: str) -> str:
+    return _MARK.sub("[ ", text)
+
+
+def _result(name: str, text: str) -> str:
+    name = re.sub(r"[\s\[\]]+", "_", name)  # the model has chosen it
+    text = _without_marks(text).rstrip()
+    shown = "\n" + textwrap.indent(text, " " * 4) if len(text.splitlines()) > 1 else f" {text}"
+    return f"[{name} returned]{shown}"
 
 
 def _call(call: dict[str, Any]) -> str:
+    """A call in one line."""
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     if isinstance(arguments, dict):
-        arguments = ", ".join(f"{name}={json.dumps(value, default=str)}" for name, value in arguments.items())
-    return f"{function.get('name')}({arguments})"
+        arguments = ", ".join(
+            f"{name}={json.dumps(value, default=str, ensure_ascii=False)}" for name, value in arguments.items()
+        )
+    return _without_marks(" ".join(f"{function.get('name')}({arguments})".splitlines()))

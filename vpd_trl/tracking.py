@@ -26,7 +26,7 @@ class CompletionsTable(TrainerCallback):
     With `log_completions=True`, brings the completions table to TensorBoard, and as text to Trackio.
 
     TRL hands the table to Weights & Biases and Trackio after the metrics, prints it and writes it to `completions/`. It
-    has nothing for TensorBoard, and Trackio shows no more of a conversation than that it is an object.
+    has nothing for TensorBoard, which gets each table once, and Trackio shows no more of a conversation than that it is an object.
 
     Args:
         trainer: The trainer.
@@ -34,6 +34,7 @@ class CompletionsTable(TrainerCallback):
 
     def __init__(self, trainer: VPDTrainer) -> None:
         self.trainer = trainer
+        self._written = ""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -46,7 +47,10 @@ class CompletionsTable(TrainerCallback):
                 trainer._logs[column].extend(texts)
         boards = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback) and c.tb_writer]
         text = completions_table(trainer._logs) if boards else ""
-        for board in boards if text else []:
+        if text == self._written:  # evaluation and the end of the run log, too, with no new rollouts
+            return
+        self._written = text
+        for board in boards:
             board.tb_writer.add_text("completions", text, state.global_step)
 
 
@@ -73,7 +77,9 @@ def as_text(messages: str | list[dict[str, Any]]) -> str:
     if isinstance(messages, str):
         return messages
     texts = [
-        trajectory_text([message], thinking=True) if message.get("tool_calls") else text_of(message.get("content"))
+        trajectory_text([message], thinking=True)
+        if message.get("role") == "assistant"
+        else text_of(message.get("content"))
         for message in messages
     ]
     if len(texts) == 1:
