@@ -27,7 +27,7 @@ from .train import teacher_peft_config
 
 DESCRIPTION = """What a run needs: bytes on each GPU in each phase, operations and time of a rollout batch. The model's
 passes are rehearsed on tensors without data, through the code that training runs: no weights are loaded, no GPU is used. Of a vision-language model the language part
-alone is counted; mixtures of experts are refused. Takes the recipe and every field of vpd-trl train.
+alone is counted; mixtures of experts and recurrent models are refused. Takes the recipe and every field of vpd-trl train.
 
   vpd-trl estimate --model Qwen/Qwen3-8B --gpus 8 --engine zero3 --bf16 true --max_completion_length 2048"""
 
@@ -47,6 +47,7 @@ class EstimateArguments:
     gpu: str = field(default="h100", metadata={"help": f"Which: {', '.join(DEVICES)}."})
     gpu_memory: float | None = field(default=None, metadata={"help": "GiB of a GPU. None: the data sheet's."})
     gpu_tflops: float | None = field(default=None, metadata={"help": "Its dense half-precision peak, 10^12 operations per second. None: the data sheet's."})
+    gpu_tflops_float32: float | None = field(default=None, metadata={"help": "Its float32 peak, of runs without half precision. None: the data sheet's; with TF32, which torch leaves off, half of gpu_tflops."})
     gpu_bandwidth: float | None = field(default=None, metadata={"help": "Of its memory, 10^9 bytes per second. None: the data sheet's."})
     efficiency: float = field(default=0.4, metadata={"help": "Share of that peak that training gets, in (0, 1]. An assumption: measure yours."})
     engine: str = field(default="ddp", metadata={"help": f"What holds the model: {', '.join(ENGINES)}."})
@@ -61,11 +62,11 @@ class EstimateArguments:
         if self.gpu not in DEVICES:
             raise ValueError(
                 f"gpu must be one of {', '.join(DEVICES)}; got {self.gpu!r}. For another one, give gpu_memory, "
-                "gpu_tflops and gpu_bandwidth."
+                "gpu_tflops, gpu_tflops_float32 and gpu_bandwidth."
             )
         if self.gpus < 1:
             raise ValueError(f"gpus must be at least 1; got {self.gpus}.")
-        for name in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
+        for name in ("gpu_memory", "gpu_tflops", "gpu_tflops_float32", "gpu_bandwidth"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0; got {value}.")
@@ -94,19 +95,20 @@ def make_plan(arguments: Sequence[str]) -> tuple[Plan, bool]:
     name = args.model or model_args.model_name_or_path
     if name is None:
         raise UsageError("model is missing: give --model, or a recipe with model_name_or_path.")
-    model = AutoConfig.from_pretrained(name, revision=model_args.model_revision).get_text_config()
+    model = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
     quantization = get_quantization_config(model_args)
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     options |= config.model_init_kwargs or {}
-    given = {"memory": args.gpu_memory, "tflops": args.gpu_tflops, "bandwidth": args.gpu_bandwidth}
+    fields = ("memory", "tflops", "tflops_float32", "bandwidth")
+    given = {key: value for key in fields if (value := getattr(args, f"gpu_{key}")) is not None}
     plan = Plan(
         model=model,
         config=config,
         gpus=args.gpus,
-        device=replace(DEVICES[args.gpu], **{key: value for key, value in given.items() if value is not None}),
+        device=replace(DEVICES[args.gpu], **given),
         engine=args.engine,
         dtype=_dtype(options["dtype"], model),
-        attention=options["attn_implementation"] or "sdpa",
+        attention=options["attn_implementation"],
         adapter=get_peft_config(model_args),
         teacher_adapter=teacher_peft_config(task_args, config),
         quantized=None if quantization is None else 4 if quantization.load_in_4bit else 8,
@@ -188,7 +190,7 @@ def table(plan: Plan, found: Estimate) -> str:
     for name, value in found.flops.items():
         lines.append(f"  {name:<44} {value / 1e15:>8.2f} PFLOP {seconds[name]:>9.1f} s")
     lines.append(f"  {'together':<44} {training / 1e15:>8.2f} PFLOP {generation + sum(seconds.values()):>9.1f} s")
-    lines.append(f"  ({plan.efficiency:.0%} of {plan.device.tflops:g} TFLOP/s; feedback and rewards not counted)")
+    lines.append(f"  ({plan.efficiency:.0%} of {plan.tflops:g} TFLOP/s; feedback and rewards not counted)")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def lasting(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, flo
         memory["teacher: adapter and its optimizer"] = own * (4 + 4 + state_bytes(config.optim, 4))
     if parts.refines_teacher and config.prior == "fixed":
         # Taken before DeepSpeed turns weights to half precision, but for ZeRO-3's, which are split first
-        memory["fixed prior"] = trained * (plan.dtype.itemsize if plan.engine == "zero2" else kept) / shards
+        memory["fixed prior"] = trained * _prior_itemsize(plan) / shards
     if config.beta != 0 and plan.adapter is None:
         memory["reference model"] = (
             parameters(student) * (computed if plan.deepspeed else plan.dtype.itemsize) / shards
@@ -93,11 +93,12 @@ def phases(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, floa
     joint = plan.policy_gradient and plan.distills
     held = student.held(rows, prompt, longest) if joint else 0
     if config.parts.uses_feedback:
-        passes = [teacher.target(rows, told, longest)]
-        if config.parts.refines_teacher or config.parts.shapes_advantages:
-            passes += [teacher.scores(rows, told, longest), student.scores(rows, prompt, longest)]
-        largest = max(cost.memory for cost in passes)
-        found["teacher's targets"] = largest + _swapped(plan, student) + held + awake
+        swapped = _swapped(plan, student, itemsize=4) if config.teacher == "ema" else 0.0
+        needed = [teacher.target(rows, told, longest).memory + swapped]
+        if config.parts.shapes_advantages:
+            needed += [teacher.scores(rows, told, longest).memory + swapped]
+            needed += [student.scores(rows, prompt, longest).memory]
+        found["teacher's targets"] = max(needed) + held + awake
     if plan.distills:
         step = student.m_step(
             *(rows, prompt, longest),
@@ -110,7 +111,11 @@ def phases(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, floa
         found["policy gradient"] = student.policy_gradient(rows, prompt, longest).memory + awake
     if config.parts.refines_teacher:
         together = max(rows * (prompt + longest - 1) // (told + longest - 1), 1)
-        found["E-step"] = teacher.e_step(together, told, longest).memory + awake
+        needed = [teacher.e_step(together, told, longest).memory]
+        if config.prior == "fixed":  # scores before; another prior takes no more than the forward pass of these
+            swapped = _swapped(plan, student, itemsize=_prior_itemsize(plan))
+            needed += [student.scores(together, prompt, longest).memory + swapped]
+        found["E-step"] = max(needed) + awake
     return found
 
 
@@ -169,18 +174,23 @@ def _vllm_bytes(plan: Plan, student: Rehearsal) -> float:
     return reserved
 
 
-def _swapped(plan: Plan, student: Rehearsal) -> float:
-    """What is copied while a moving average stands in for the student's weights."""
-    if plan.config.teacher != "ema":
-        return 0.0
+def _prior_itemsize(plan: Plan) -> int:
+    """Bytes of each weight of a fixed prior, which is taken before ZeRO-2 turns weights to half precision."""
+    return plan.loaded if plan.engine == "zero2" else plan.kept
+
+
+def _swapped(plan: Plan, student: Rehearsal, *, itemsize: int) -> float:
+    """What is copied while a copy of the student's weights, with `itemsize` bytes for each, stands in for them."""
     trained = parameters(student, trained=True)
     if plan.shards_weights:  # the student's are kept, as they are written over
         return trained * plan.kept / plan.gpus
-    return float(trained * plan.kept) if plan.kept < 4 else 0.0  # the average in their precision
+    return float(trained * plan.kept) if plan.kept != itemsize else 0.0  # the copy in their precision
 
 
 def _head_copy(plan: Plan, student: Rehearsal) -> float:
-    """The head of a moving average, which is kept until the divergence has been computed."""
+    """The head of a moving average, which is kept until the divergence has been computed, if it is trained."""
     head = causal_lm(student.model).get_output_embeddings().weight
+    if plan.config.teacher != "ema" or not head.requires_grad:
+        return 0.0
     copied = plan.shards_weights or plan.kept < 4
-    return float(head.numel() * plan.computed.itemsize) if plan.config.teacher == "ema" and copied else 0.0
+    return float(head.numel() * plan.computed.itemsize) if copied else 0.0

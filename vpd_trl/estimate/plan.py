@@ -29,7 +29,7 @@ class Plan:
         device: Each of them.
         engine: "ddp", "zero2", "zero3" or "fsdp2".
         dtype: Of the model's weights.
-        attention: "sdpa", "eager" or the name of a FlashAttention, which needs no mask.
+        attention: "sdpa", "eager" or the name of a FlashAttention, which needs no mask; `None` leaves it to transformers.
         adapter: `peft.LoraConfig` of a student that is an adapter.
         teacher_adapter: That of `teacher="lora"`; `None`: the trainer's default.
         quantized: Bits of the weights below an adapter: 4, 8 or `None`.
@@ -50,7 +50,7 @@ class Plan:
     device: Device = DEVICES["h100"]
     engine: str = "ddp"
     dtype: torch.dtype = torch.float32
-    attention: str = "sdpa"
+    attention: str | None = None
     adapter: Any = None
     teacher_adapter: Any = None
     quantized: int | None = None
@@ -62,9 +62,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         experts = ("num_experts", "num_local_experts", "n_routed_experts")
-        if any((getattr(self.model, name, None) or 0) > 1 for name in experts):
+        text = self.model.get_text_config()
+        if any((getattr(text, name, None) or 0) > 1 for name in experts):
             raise ValueError(
-                f"models with experts ({self.model.model_type}) can't be estimated: which of them a token takes is not "
+                f"models with experts ({text.model_type}) can't be estimated: which of them a token takes is not "
                 "known without data."
             )
         if self.engine not in ENGINES:
@@ -105,7 +106,7 @@ class Plan:
     def told(self) -> int:
         """Tokens of the teacher's prompt, which the configuration or the model's context may cut."""
         limits = [self.prompt + self.feedback, self.config.max_teacher_prompt_length]
-        if context := getattr(self.model, "max_position_embeddings", None):
+        if context := getattr(self.model.get_text_config(), "max_position_embeddings", None):
             limits.append(context - self.longest)
         return max(min(limit for limit in limits if limit is not None), 1)
 
@@ -120,15 +121,25 @@ class Plan:
         return self.half or self.dtype
 
     @property
+    def tflops(self) -> float:
+        """The device's peak in that precision, 10¹² operations per second."""
+        return self.device.tflops if self.computed.itemsize == 2 else self.device.tflops_float32
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of a trained weight before an engine has it: PEFT keeps float32 of adapters that aren't on quantized ones."""
+        if self.adapter is not None:
+            return 4 if self.quantized is None else 2
+        return self.dtype.itemsize
+
+    @property
     def kept(self) -> int:
-        """Bytes of a trained weight as it lasts: FSDP keeps float32, as PEFT does of adapters that aren't on quantized ones."""
+        """Bytes of a trained weight as it lasts: FSDP keeps float32."""
         if self.engine in ("zero2", "zero3"):
             return self.computed.itemsize
         if self.engine == "fsdp2" and self.half is not None:
             return 4
-        if self.adapter is not None:
-            return 4 if self.quantized is None else 2
-        return self.dtype.itemsize
+        return self.loaded
 
     @property
     def deepspeed(self) -> bool:
@@ -157,7 +168,7 @@ class Plan:
     def trl_scores(self) -> bool:
         """Whether TRL computes log-probabilities of rollouts before training on them."""
         config = self.config
-        if config.use_vllm and config.vllm_importance_sampling_correction:
+        if self.policy_gradient and config.use_vllm and config.vllm_importance_sampling_correction:
             return True
         return config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) != 0
 
@@ -171,8 +182,7 @@ class Plan:
             autocast=None if cast else self.half,
             checkpointing=bool(self.config.gradient_checkpointing),
             adapter=adapter,
-            attention="sdpa" if "flash" in self.attention else self.attention,
-            padding_mask="flash" not in self.attention,
+            attention=self.attention,
             float32_head=self.config.cast_lm_head_to_fp32,
         )
 

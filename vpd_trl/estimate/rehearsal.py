@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import addmm_flop, flop_registry
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 
 from ..distillation import GPU_TILES, Comparison, distill
 from ..losses import Head, bco_loss
 from ..network import causal_lm, head_of, hidden_states
 
+
+_log = logging.getLogger("torch._subclasses.fake_tensor")
 
 # torch leaves out the product that is added in place, which gradients of a head are made with
 flop_registry.setdefault(torch.ops.aten.addmm_, addmm_flop)
@@ -85,17 +88,20 @@ class Rehearsal:
     A network of the given form whose tensors have shapes but no data.
 
     Everything goes through the code that training runs: the model's own, PEFT's, gradient checkpointing, autocast, the
-    chunked losses. Attention is the framework's; its masks are counted unless `padding_mask` is false.
+    chunked losses. Attention is the framework's, with a mask (B, 1, L, L) as batches of unlike length have, and without one
+    for a FlashAttention.
 
     Args:
-        config: The model's configuration.
+        config: The model's configuration; of a vision-language model the language part alone is made.
         dtype: Of its weights.
         autocast: The half precision that it computes in, if that is not the weights'.
         checkpointing: Whether activations are computed again in the backward pass.
         adapter: A PEFT configuration; then the weights below are frozen.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`; `None` is the one that it takes for this model.
         float32_head: Whether the head is applied in float32 (`cast_lm_head_to_fp32`).
-        padding_mask: Whether attention takes a mask (B, 1, L, L), as it does with batches of unlike length.
+
+    Raises:
+        ValueError: If the model is none that can be rehearsed. Its passes raise it too.
     """
 
     def __init__(
@@ -106,16 +112,22 @@ class Rehearsal:
         autocast: torch.dtype | None = None,
         checkpointing: bool = False,
         adapter: Any = None,
-        attention: str = "sdpa",
+        attention: str | None = None,
         float32_head: bool = False,
-        padding_mask: bool = True,
     ) -> None:
         self._fake = FakeTensorMode()
         self._autocast = autocast
         self._float32_head = float32_head
-        self._padding_mask = padding_mask
+        self._kind = config.model_type
+        flash = "flash" in (attention or "")
+        self._padding_mask = not flash
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = _language_model(config, dtype=dtype, attn_implementation=None if flash else attention)
+            if flash and model.config._attn_implementation != "sdpa":  # which keeps no pairs of tokens either
+                raise ValueError(
+                    f"{attention} of {self._kind} models can't be estimated: torch's own attention, which stands for it, "
+                    "is not supported there. Leave attn_implementation out to see what it takes at most."
+                )
             if adapter is not None:
                 from peft import get_peft_model
 
@@ -164,7 +176,7 @@ class Rehearsal:
     def held(self, rows: int, prompt: int, completion: int) -> int:
         """Bytes that log-probabilities with gradient keep until the backward pass."""
         meter = self._meter()
-        with self._fake, meter:
+        with self._rehearsing(), meter:
             logps = self._token_logps(rows, prompt, completion)
             held = meter.now
         del logps
@@ -199,9 +211,9 @@ class Rehearsal:
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the cache of a row of that many tokens in generation."""
-        with self._fake, torch.no_grad(), self._precision():
+        with self._rehearsing(), torch.no_grad(), self._precision():
             ids = torch.zeros(1, tokens, dtype=torch.long)
-            output = causal_lm(self.model).eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
+            output = causal_lm(self.model).eval().base_model(input_ids=ids, use_cache=True)
             cache = output["cache" if "cache" in output else "past_key_values"]
             self.model.train()
             held = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
@@ -219,9 +231,25 @@ class Rehearsal:
 
     def _counted(self, step: Callable[[], Any]) -> Cost:
         meter = self._meter()
-        with self._fake, meter:
+        with self._rehearsing(), meter:
             step()
         return Cost(meter.flops, meter.peak)
+
+    @contextmanager
+    def _rehearsing(self) -> Iterator[None]:
+        """Where tensors have no data; a model whose code asks for it is refused in a sentence."""
+        _log.disabled = True  # of tracebacks
+        try:
+            with self._fake:
+                yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise ValueError(
+                f"models of type {self._kind} can't be estimated: their passes don't go through on tensors without data "
+                f"({reason})."
+            ) from error
+        finally:
+            _log.disabled = False
 
     def _meter(self) -> Meter:
         return Meter([*self.model.parameters(), *self.model.buffers()])
@@ -230,7 +258,7 @@ class Rehearsal:
         """Hidden states (rows × completion, H) that predict the completion tokens."""
         length = prompt + completion - 1  # nothing is predicted from the last token
         ids = torch.zeros(rows, length, dtype=torch.long)
-        mask: Any = torch.ones(rows, 1, length, length, dtype=torch.bool) if self._padding_mask else None
+        mask: Any = torch.ones(rows, length, dtype=torch.long) if self._padding_mask else None
         with self._precision():
             hidden = hidden_states(self.model, ids, mask)
         hidden = hidden[:, prompt - 1 :].reshape(rows * completion, -1)
@@ -250,6 +278,29 @@ class Rehearsal:
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast("cpu", dtype=self._autocast)
+
+
+def _language_model(config: PretrainedConfig, **options: Any) -> Any:
+    """
+    The model of a configuration with its head; of a vision-language model without what it sees with.
+
+    Raises:
+        ValueError: If that is no language model, or one that is recurrent.
+    """
+    text = config.get_text_config()
+    if type(text) in AutoModelForCausalLM._model_mapping:
+        model: Any = AutoModelForCausalLM.from_config(text, **options)
+    elif type(config) in AutoModelForImageTextToText._model_mapping:
+        model = AutoModelForImageTextToText.from_config(config, **options)
+        setattr(model, model.base_model_prefix, model.get_decoder())
+    else:
+        raise ValueError(f"models of type {config.model_type} can't be estimated: they are no causal language models.")
+    if model._is_stateful:
+        raise ValueError(
+            f"models of type {config.model_type} can't be estimated: they are recurrent, and their kernels' operations "
+            "and states are not counted."
+        )
+    return model
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

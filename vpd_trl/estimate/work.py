@@ -22,15 +22,18 @@ def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, 
     prompt, told, mean = plan.prompt, plan.told, plan.mean
     rollouts = plan.rows * plan.gpus
     with_feedback = rollouts * plan.coverage
+    # Where weights are split, all rollouts are scored, as processes take part in equally many passes
+    scored = rollouts if plan.shards_weights else with_feedback
+    known = plan.trl_scores and not has_dropout(student.model)
     scores = student.scores(1, prompt, mean).flops
-    told_scores = teacher.scores(1, told, mean).flops if parts.uses_feedback else 0
+    told_scores = teacher.scores(1, told, mean).flops if parts.shapes_advantages or parts.refines_teacher else 0
     found: dict[str, float] = {}
     if plan.trl_scores:
         found["TRL's log-probabilities"] = rollouts * scores
     if config.beta != 0:
         found["reference model"] = rollouts * scores
     if parts.shapes_advantages:
-        found["credit of tokens"] = with_feedback * (told_scores + (0 if plan.trl_scores else scores))
+        found["credit of tokens"] = scored * (told_scores + (0 if known else scores))
     if plan.policy_gradient:
         step = student.policy_gradient(1, prompt, mean)
         found["policy gradient"] = rollouts * config.num_iterations * step.flops
@@ -38,13 +41,14 @@ def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, 
         step = student.m_step(1, prompt, mean, compare=Comparison.of(config))
         found["M-step: student"] = with_feedback * config.num_iterations * step.flops
         found["M-step: teacher"] = with_feedback * config.num_iterations * teacher.target(1, told, mean).flops
-        if config.m_step_importance_clip is not None and not plan.trl_scores:
-            found["M-step: importance ratios"] = rollouts * scores
+        if config.m_step_importance_clip is not None and not known:
+            found["M-step: importance ratios"] = scored * scores
+            known = not has_dropout(student.model)
     if parts.refines_teacher:
         share = with_feedback / config.e_step_frequency
         found["E-step: teacher"] = share * config.e_step_epochs * teacher.e_step(1, told, mean).flops
         found["E-step: first reward shift"] = share * told_scores
-        if not (plan.trl_scores and config.prior == "dynamic" and not has_dropout(student.model)):
+        if not (known and config.prior == "dynamic"):
             found["E-step: prior"] = share * scores
     return found
 
@@ -54,13 +58,12 @@ def seconds(plan: Plan, student: Rehearsal, flops: dict[str, float]) -> dict[str
     Seconds of a rollout batch.
 
     Generation takes all rollouts of a GPU at one time: for each token it reads the weights and the cache once, or
-    computes for longer. Training takes its operations at `efficiency` × peak, in float32 at half of it.
+    computes for longer. Training takes its operations at `efficiency` × the peak of the precision that it computes in.
     """
     config, device = plan.config, plan.device
-    rate = device.tflops * 1e12 * plan.efficiency
+    rate = plan.tflops * 1e12 * plan.efficiency
     number = parameters(student)
     weights = number * plan.computed.itemsize / (config.vllm_tensor_parallel_size if config.use_vllm else 1)
     cache = plan.rows * student.cache_bytes(plan.prompt + plan.mean // 2)
     token = max((weights + cache) / (device.bandwidth * 1e9), 2 * number * plan.rows / rate)
-    training = plan.gpus * (rate if plan.computed.itemsize == 2 else rate / 2)
-    return {"rollouts, at least": plan.mean * token} | {name: value / training for name, value in flops.items()}
+    return {"rollouts, at least": plan.mean * token} | {name: n / (plan.gpus * rate) for name, n in flops.items()}
