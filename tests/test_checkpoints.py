@@ -4,12 +4,19 @@ import errno
 import json
 import os
 import shutil
+import sys
+import zipfile
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 import transformers.trainer
+from accelerate import PartialState
 
 from tests import tiny
+from tests.launching import Hangs, accelerate_command, run
 from vpd_trl import checkpoints
 from vpd_trl.checkpoints import find_fault, last_whole
 
@@ -81,8 +88,143 @@ def test_a_scheduler_of_deepspeeds_own_is_looked_for_in_no_file(tmp_path, finish
     shutil.copytree(finished / "checkpoint-1", folder)
     (folder / "scheduler.pt").unlink()
     assert find_fault(folder) == "scheduler.pt is missing"
-    (folder / "global_step1").mkdir()
+    write_as_deepspeed(folder)
     assert find_fault(folder) is None
+
+
+def write_as_deepspeed(folder, *, stage=2, processes=1):
+    """The files that DeepSpeed's `save_checkpoint` writes, by their names and what tells them apart."""
+    states = folder / "global_step1"
+    states.mkdir()
+    (folder / "latest").write_text(states.name)
+    weights, optimizer = {"w": torch.ones(4000)}, {"state": {0: {"exp_avg": torch.ones(4000)}}}
+    for rank in range(processes if stage == 3 else 1):
+        shard = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+        path = states / f"{shard}mp_rank_00_model_states.pt"
+        torch.save({"module": weights, "optimizer": None if stage else optimizer, "lr_scheduler": None}, path)
+    for rank in range(processes if stage else 0):
+        path = states / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer}, path)
+    return states
+
+
+def write_sharded(folder, name):
+    """As FSDP with SHARDED_STATE_DICT; the second of two processes has nothing to write, so its file is empty."""
+    values = {"a": torch.ones(500), "b": torch.ones(500), "c": {"lr": 0.1}}
+    writer = torch.distributed.checkpoint.FileSystemWriter(folder / name)
+    torch.distributed.checkpoint.save(values, storage_writer=writer, no_dist=True)
+    (folder / name / "__1_0.distcp").write_bytes(b"")
+
+
+def sharing_engine(folder, finished, *, processes=1):
+    """A checkpoint without weights and optimizer of its own, as an engine leaves it that saves them itself."""
+    shutil.copytree(finished / "checkpoint-1", folder)
+    for name in ("model.safetensors", "optimizer.pt"):
+        (folder / name).unlink()
+    if processes > 1:
+        (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+        saved = torch.load(folder / "vpd_state.pt", weights_only=True)
+        saved["geometry"]["processes"] = processes
+        torch.save(saved, folder / "vpd_state.pt")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp.bin", "optimizer.bin"])
+def test_a_full_state_dict_of_fsdp_that_was_cut_off_is_a_fault(tmp_path, finished, name):
+    folder = sharing_engine(tmp_path / "checkpoint-1", finished)
+    for file in ("pytorch_model_fsdp.bin", "optimizer.bin"):
+        torch.save({"w": torch.ones(4000)}, folder / file)
+    assert find_fault(folder) is None
+    for share in (0.98, 0.5, 0.0):
+        cut(folder / name, share)
+        assert find_fault(folder) == f"{name} is cut off"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp_0", "optimizer_0"])
+def test_a_sharded_state_dict_of_fsdp_that_is_not_whole_is_a_fault(tmp_path, finished, name):
+    whole = sharing_engine(tmp_path / "checkpoint-1", finished)
+    for folder in ("pytorch_model_fsdp_0", "optimizer_0"):
+        write_sharded(whole, folder)
+    assert find_fault(whole) is None, "a part that is empty and not in the index is of a process without a part"
+    damages = {
+        f"{name}/.metadata is missing": lambda folder: [path.unlink() for path in folder.iterdir()],
+        f"{name}/.metadata is cut off": lambda folder: cut(folder / ".metadata"),
+        f"{name}/__0_0.distcp is missing": lambda folder: (folder / "__0_0.distcp").unlink(),
+        f"{name}/__0_0.distcp is cut off": lambda folder: cut(folder / "__0_0.distcp"),
+    }
+    for i, (fault, damage) in enumerate(damages.items()):
+        folder = shutil.copytree(whole, tmp_path / f"damaged{i}")
+        damage(folder / name)
+        assert find_fault(folder) == fault
+    cut(whole / name / "__0_0.distcp", 0.0)
+    assert find_fault(whole) == f"{name}/__0_0.distcp is cut off"
+
+
+def test_a_part_that_was_cut_off_after_a_whole_tensor_is_not_taken_for_a_zip_file(tmp_path, finished):
+    folder = sharing_engine(tmp_path / "checkpoint-1", finished)
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        write_sharded(folder, name)
+    cut(folder / "optimizer_0" / "__0_0.distcp", 0.9)
+    assert zipfile.is_zipfile(folder / "optimizer_0" / "__0_0.distcp"), "the end of the tensor before is near enough"
+    assert find_fault(folder) == "optimizer_0/__0_0.distcp is cut off"
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_states_of_deepspeed_that_are_not_whole_are_a_fault(tmp_path, finished, stage):
+    whole = sharing_engine(tmp_path / "checkpoint-1", finished)
+    (whole / "scheduler.pt").unlink()
+    names = sorted(path.name for path in write_as_deepspeed(whole, stage=stage).iterdir())
+    assert find_fault(whole) is None
+    for i, name in enumerate(names):
+        kind = "model" if "model_states" in name else "optimizer"
+        for share in (0.5, 0.0):
+            folder = shutil.copytree(whole, tmp_path / f"cut{i}_{share}")
+            cut(folder / "global_step1" / name, share)
+            assert find_fault(folder) == f"global_step1/{name} is cut off"
+        (folder / "global_step1" / name).unlink()
+        assert find_fault(folder) == f"global_step1 has no {kind} states"
+    shutil.rmtree(whole / "global_step1")
+    (whole / "global_step1").mkdir()
+    assert find_fault(whole) == "global_step1 has no model states"
+    (whole / "latest").write_text("")
+    assert find_fault(whole) == "latest is cut off"
+    (whole / "latest").unlink()
+    assert "latest, which names the folder" in find_fault(whole)
+
+
+def test_what_this_process_saved_for_itself_of_sharded_states_is_looked_for(tmp_path, finished):
+    whole = sharing_engine(tmp_path / "checkpoint-1", finished, processes=2)
+    write_as_deepspeed(whole, stage=3, processes=2)
+    assert find_fault(whole) is None
+    for kind in ("zero_pp_rank_{}_mp_rank_00_model_states.pt", "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"):
+        folder = shutil.copytree(whole, tmp_path / kind[:4])
+        (folder / "global_step1" / kind.format(1)).unlink()
+        assert find_fault(folder) is None, "process 1 looks for it"
+        write = folder / "global_step1" / kind.format(1)
+        (folder / "global_step1" / kind.format(0)).rename(write)
+        assert find_fault(folder) == f"global_step1/{kind.format(0)} is missing"
+
+    folder = sharing_engine(tmp_path / "fsdp", finished, processes=2)
+    torch.save({}, folder / "pytorch_model_fsdp_0_rank1.bin")
+    torch.save({}, folder / "optimizer_0_rank1.bin")
+    assert find_fault(folder) == "optimizer_0_rank0.bin is missing"
+
+
+def test_a_file_of_torchs_earlier_format_and_one_of_another_program_are_no_fault(tmp_path, finished):
+    shutil.copytree(finished / "checkpoint-3", tmp_path, dirs_exist_ok=True)
+    values = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    torch.save(values, tmp_path / "optimizer.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "merges.bin").write_bytes(b"of a tokenizer")
+    assert find_fault(tmp_path) is None
+    cut(tmp_path / "optimizer.pt", 0.0)
+    assert find_fault(tmp_path) == "optimizer.pt is cut off"
+
+
+def test_a_state_that_cannot_be_read_is_a_fault_and_no_error(tmp_path, finished):
+    shutil.copytree(finished / "checkpoint-3", tmp_path, dirs_exist_ok=True)
+    with zipfile.ZipFile(tmp_path / "vpd_state.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"nonsense")
+    assert "it can't be read" in find_fault(tmp_path)
 
 
 def test_a_missing_shard_of_the_weights_is_a_fault(tmp_path, finished):
@@ -127,6 +269,13 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(tmp_path, finished):
     with pytest.raises(ValueError, match="has no checkpoint that is whole"):
         trainer.train(resume_from_checkpoint=True)
     assert tiny.same(before, tiny.weights(trainer))
+
+
+def test_a_named_checkpoint_that_is_whole_for_this_process_alone_is_refused(tmp_path, monkeypatch, finished):
+    trainer = build(tmp_path)
+    monkeypatch.setattr(checkpoints, "meet", lambda accelerator, place, value: [value, "rng_state_1.pth is missing"])
+    with pytest.raises(ValueError, match=r"no checkpoint to go on from: rng_state_1.pth is missing"):
+        trainer.train(resume_from_checkpoint=str(finished / "checkpoint-1"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "grpo", "feedback_fn": None}, {"teacher": "ema"}], ids=str)
@@ -246,3 +395,95 @@ def test_a_read_only_output_folder_is_refused_before_any_work(tmp_path, monkeypa
     monkeypatch.setattr(checkpoints.Path, "write_text", refuse)
     with pytest.raises(OSError, match=r"can't be written to \(Read-only file system\); choose another folder"):
         tiny.trainer(tmp_path)
+
+
+# ---- Two processes
+
+
+def part_of_two(folder):
+    """What a process is told when its run can't write a part of the checkpoint of step 2, and when it resumes."""
+    state = PartialState(cpu=True)
+    told = {}
+
+    def train(name, resume_from_checkpoint=None):
+        changes = {"max_steps": 2, "per_device_train_batch_size": 4, "save_total_limit": 1}
+        try:
+            build(f"{folder}/{name}", **changes).train(resume_from_checkpoint=resume_from_checkpoint)
+            told[name] = None
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            Path(folder, f"told{state.process_index}.json").write_text(json.dumps(told))
+
+    for name in ("random", "trainer"):
+        with pytest.MonkeyPatch.context() as patch, suppress(Exception):
+            if name == "random" and state.process_index == 1:
+                full_disk(patch, "rng_state_1", from_step=2)
+            if name == "trainer" and state.process_index == 0:
+                no_trainer_state(patch, from_step=2)
+            train(name)
+    whole, damaged = f"{folder}/random/checkpoint-1", f"{folder}/damaged/checkpoint-1"
+    if state.process_index == 0:
+        shutil.copytree(whole, damaged)
+        Path(damaged, "rng_state_1.pth").unlink()
+    state.wait_for_everyone()
+    with suppress(Exception):
+        train("from_damaged", damaged)
+    train("from_whole", whole)
+    with pytest.MonkeyPatch.context() as patch:
+        if state.process_index == 0:
+            full_disk(patch, "vpd_state", from_step=2)
+        train("early")
+
+
+def no_trainer_state(monkeypatch, *, from_step):
+    to_json = transformers.TrainerState.save_to_json
+
+    def fails(self, path):
+        to_json(self, path)
+        if self.global_step >= from_step:
+            cut(Path(path))
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(transformers.TrainerState, "save_to_json", fails)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_when_one_cannot_write_and_the_checkpoint_before_stays(tmp_path):
+    launcher = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    root = str(Path(__file__).parent.parent)
+    try:
+        command = accelerate_command(__file__, [tmp_path], *launcher)
+        status, output = run(command, seconds=240, ACCELERATE_USE_CPU="true", PYTHONPATH=root)
+    except Hangs as hang:
+        pytest.fail(str(hang))
+    assert status != 0
+    told = [json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in (0, 1)]
+    for name, failing in {"random": 1, "trainer": 0, "early": 0}.items():
+        its = told[failing][name]
+        assert f"checkpoint-2 could not be written by process {failing}" in its, output[-6000:]
+        assert its.endswith(f"Go on from {tmp_path / name / 'checkpoint-1'}.")
+        # Else the other is elsewhere and is ended; it may leave a folder that is not whole
+        if name != "early":
+            assert told[1 - failing][name].startswith(f"StoppedTogether: Process {failing} failed, so all stop. {its}")
+            assert [path.name for path in (tmp_path / name).glob("checkpoint-*")] == ["checkpoint-1"]
+        # No more than one is kept, and the one that was being written is not whole
+        assert last_whole(tmp_path / name).name == "checkpoint-1"
+    for process in told:
+        assert "no checkpoint to go on from: rng_state_1.pth is missing" in process["from_damaged"]
+        assert process["from_whole"] is None
+
+
+if __name__ == "__main__":
+    part_of_two(*sys.argv[1:])

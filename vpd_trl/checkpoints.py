@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickletools
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import state
+from .processes import StoppedTogether, meet
 
 
 if TYPE_CHECKING:
@@ -38,6 +42,14 @@ TRAINER_STATE = "trainer_state.json"
 # Under FSDP and DeepSpeed they are in folders
 _WEIGHTS = ("*.safetensors", "pytorch_model*", "global_step*")
 _OPTIMIZER = ("optimizer*", "global_step*")
+_SHARDED = ("pytorch_model*", "optimizer*")
+
+# Other programs call their files ".bin" too
+_TORCH_BINS = ("pytorch_model", "optimizer", "adapter_model", "training_args")
+# How files began that `torch.save` wrote before it wrote zip files: with this magic number, pickled
+_EARLIER_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# Such as zero_pp_rank_1_mp_rank_00_optim_states.pt of DeepSpeed and pytorch_model_fsdp_0_rank1.bin of FSDP
+_OF_A_PROCESS = re.compile(r"(zero_pp_rank_|_rank)\d+(?=_mp_rank_|\.bin$)")
 
 
 def last_whole(folder: str | Path) -> Path | None:
@@ -73,31 +85,92 @@ def find_fault(checkpoint: str | Path) -> str | None:
     """
     What shows that a checkpoint was not written to its end, or was partly deleted; `None` if nothing does.
 
-    Files are looked at, not read through: a file that was cut off is found, a flipped bit is not.
+    Files are looked at, not read through: a file that was cut off is found, a flipped bit is not. Nothing is found in a
+    torch file of the format before zip files, unless it is empty, as nothing at its end tells that it is whole.
 
     Args:
         checkpoint: The folder. Of what each process saves for itself, this process's is looked for.
     """
-    folder = Path(checkpoint)
+    try:
+        return next(_faults(Path(checkpoint)), None)
+    except Exception as error:  # raising on one process alone, it would leave the others waiting
+        return f"it can't be read ({type(error).__name__}: {error})"
+
+
+def _faults(folder: Path) -> Iterator[str]:
     if not (folder / TRAINER_STATE).exists():
-        return f"{TRAINER_STATE}, which is written last, is missing"
+        yield f"{TRAINER_STATE}, which is written last, is missing"
     if not _is_json(folder / TRAINER_STATE):
-        return f"{TRAINER_STATE} is cut off"
+        yield f"{TRAINER_STATE} is cut off"
     if not _has_any(folder, _WEIGHTS):
-        return "it has no weights"
+        yield "it has no weights"
     for path in sorted(folder.rglob("*")):
-        if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
-            return f"{path.relative_to(folder)} is cut off"
-        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-            return f"{path.relative_to(folder)} is cut off"
+        if not _is_whole(path):
+            yield f"{path.relative_to(folder)} is cut off"
         if path.name.endswith(".index.json"):
-            missing = [name for name in _shards(path) if not (path.parent / name).exists()]
-            if missing:
-                return f"{missing[0]} is missing"
+            yield from (f"{name} is missing" for name in _shards(path) if not (path.parent / name).exists())
+    for path in sorted(path for pattern in _SHARDED for path in folder.glob(pattern) if path.is_dir()):
+        yield from _faults_of_sharded(path)
+    if _has_any(folder, ("global_step*",)):
+        yield from _faults_of_deepspeed(folder)
     if (folder / state.STATE_FILE).exists() and not _has_any(folder, _OPTIMIZER):  # else: save_only_model
-        return "optimizer.pt is missing"
-    missing = [name for name in _expected(folder) if not (folder / name).exists()]
-    return f"{missing[0]} is missing" if missing else None
+        yield "optimizer.pt is missing"
+    yield from (f"{name} is missing" for name in _expected(folder) if not (folder / name).exists())
+
+
+def _faults_of_sharded(folder: Path) -> Iterator[str]:
+    """Of a state dict in torch's distributed format, of which each process wrote a part and the main one an index."""
+    index = folder / ".metadata"
+    if not index.exists():
+        yield f"{folder.name}/{index.name} is missing"
+    try:
+        with index.open("rb") as file:
+            strings = [value for _, value, _ in pickletools.genops(file) if isinstance(value, str)]
+    except ValueError:
+        yield f"{folder.name}/{index.name} is cut off"
+        return
+    # Those that are named alone: a process that has nothing to write leaves an empty file
+    parts = {name for name in strings if name.endswith(".distcp")}
+    if not parts:
+        yield f"{folder.name} has nothing in it"
+    for name in sorted(parts):
+        if not (folder / name).exists():
+            yield f"{folder.name}/{name} is missing"
+        if not _ends_as_zip(folder / name):
+            yield f"{folder.name}/{name} is cut off"
+
+
+def _faults_of_deepspeed(folder: Path) -> Iterator[str]:
+    if not (folder / "latest").exists():
+        yield "latest, which names the folder of DeepSpeed's states, is missing"
+    name = _latest(folder)
+    if not name:
+        yield "latest is cut off"
+    if not (folder / name).is_dir():
+        yield f"{name} is missing"
+    model_states = sorted((folder / name).glob("*_model_states.pt"))
+    if not model_states:
+        yield f"{name} has no model states"
+    if not _has_any(folder / name, ("*_optim_states.pt",)) and not any(map(_has_optimizer, model_states)):
+        yield f"{name} has no optimizer states"
+
+
+def _latest(folder: Path) -> str:
+    """The subfolder that DeepSpeed reads its states from."""
+    latest = folder / "latest"
+    return latest.read_text(encoding="utf-8", errors="replace").strip() if latest.exists() else ""
+
+
+def _has_optimizer(model_states: Path) -> bool:
+    """Whether DeepSpeed wrote the optimizer's state with the model's, as without ZeRO, or `None` in its place."""
+    if not zipfile.is_zipfile(model_states):  # of the format before: not told
+        return True
+    with zipfile.ZipFile(model_states) as archive:
+        pickled = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+        content = archive.read(pickled) if pickled is not None else b"."
+    # Not unpickled, as that may run code
+    steps = [(op.name, value) for op, value, _ in pickletools.genops(content) if "PUT" not in op.name]
+    return any(value == "optimizer" and after != "NONE" for (_, value), (after, _) in pairwise(steps))
 
 
 def _has_any(folder: Path, patterns: tuple[str, ...]) -> bool:
@@ -110,6 +183,29 @@ def _is_json(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _is_whole(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return _is_whole_safetensors(path)
+    if path.suffix in (".pt", ".pth") or (path.suffix == ".bin" and path.name.startswith(_TORCH_BINS)):
+        return _is_whole_torch(path)
+    return True
+
+
+def _is_whole_torch(path: Path) -> bool:
+    """Whether a file is a zip file to its end, or of torch's earlier format, which doesn't show."""
+    if zipfile.is_zipfile(path):
+        return True
+    with path.open("rb") as file:
+        return file.read(len(_EARLIER_TORCH)) == _EARLIER_TORCH
+
+
+def _ends_as_zip(path: Path) -> bool:
+    """Whether the last of many zip files in one is whole. `is_zipfile` would find the end of one before it."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - zipfile.sizeEndCentDir))  # type: ignore[attr-defined]
+        return file.read(4) == zipfile.stringEndArchive  # type: ignore[attr-defined]
 
 
 def _is_whole_safetensors(path: Path) -> bool:
@@ -144,6 +240,10 @@ def _expected(folder: Path) -> list[str]:
         expected.append("rng_state.pth" if processes == 1 else f"rng_state_{rank}.pth")
         if saved.get("within_rollout_batch", False):
             expected.append(state.ROLLOUTS_FILE.format(rank))
+        # Where one process has a file of its own, each has
+        files = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("global_step*/*"))]
+        own = {_OF_A_PROCESS.sub(rf"\g<1>{rank}", name) for name in files if _OF_A_PROCESS.search(name)}
+        expected += sorted(own)
     return expected
 
 
@@ -165,7 +265,9 @@ def to_resume(trainer: VPDTrainer, wanted: str | bool | None) -> str | None:
         if last is None:
             raise ValueError(f"resume_from_checkpoint=True, but {folder} has no checkpoint that is whole.")
         return str(last)
-    fault = find_fault(wanted)
+    # A process that raised alone would be waited for
+    faults = meet(trainer.accelerator, "what to go on from", find_fault(wanted))
+    fault = next((fault for fault in faults if fault is not None), None)
     if fault is not None:
         others = f"resume_from_checkpoint=True takes the last one that is whole of those in {folder}."
         raise ValueError(f"{wanted} is no checkpoint to go on from: {fault}. {others}")
@@ -211,34 +313,79 @@ def writing(trainer: VPDTrainer, folder: str) -> Iterator[None]:
     Around the writing of a checkpoint: what was begun and can't be ended is removed, and earlier ones stay.
 
     Raises:
-        OSError: If it could not be written; the message says why, and what there is to go on from.
+        OSError: If this process could not write its part; the message says why, and what there is to go on from.
+        StoppedTogether: If another process could not.
     """
-    if trainer.args.should_save:
+    main = trainer.args.should_save
+    if main:
         # A run that reuses the folder would leave an earlier run's state beside its own weights if it were killed now
         for name in (TRAINER_STATE, state.STATE_FILE):
             Path(folder, name).unlink(missing_ok=True)
+    parts = _Parts(trainer)
     try:
-        yield
+        with parts.waited_for():
+            yield
+        meet(trainer.accelerator, "the end of a checkpoint")
+    except StoppedTogether:
+        if main and not _is_json(Path(folder, TRAINER_STATE)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     except Exception as error:
-        if not trainer.args.should_save or _is_json(Path(folder, TRAINER_STATE)):
-            raise  # what is written last was written; something else failed, such as a push
-        message = _why_not(folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(message) from error
+        # If what is written last was written, something else failed, such as a push
+        whole = _is_json(Path(folder, TRAINER_STATE)) if main else parts.are_written
+        told = error if whole else OSError(_why_not(trainer, folder, error))
+        # Before, others may wait elsewhere, such as for parts of weights, and can't be told. They get no further than the
+        # last part: none calls the checkpoint whole, and launchers end them with this process
+        if parts.began_last:
+            with suppress(Exception):  # this error is the one to raise, also if another process has ended meanwhile
+                meet(trainer.accelerator, "the end of a checkpoint", error=told)
+        if whole:
+            raise
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise told from error
 
 
-def _why_not(folder: str, error: Exception) -> str:
+class _Parts:
+    """What each process writes of a checkpoint for itself, the random states last."""
+
+    def __init__(self, trainer: VPDTrainer) -> None:
+        self.trainer = trainer
+        self.began_last = self.are_written = False
+
+    @contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """The main process calls the checkpoint whole, and deletes earlier ones, when all have written their parts."""
+        write_last = self.trainer._save_rng_state
+
+        def write_last_and_meet(output_dir: str) -> None:
+            self.began_last = True
+            write_last(output_dir)
+            meet(self.trainer.accelerator, "the end of its part of a checkpoint")
+            self.are_written = True
+
+        self.trainer._save_rng_state = write_last_and_meet
+        try:
+            yield
+        finally:
+            del self.trainer._save_rng_state
+
+
+def _why_not(trainer: VPDTrainer, folder: str, error: Exception) -> str:
     parent = Path(folder).parent
     # Not `last_whole`, which all processes have to call
-    earlier = {step: path for step, path in _numbered(parent).items() if find_fault(path) is None}
+    others = {step: path for step, path in _numbered(parent).items() if path.name != Path(folder).name}
+    earlier = {step: path for step, path in others.items() if find_fault(path) is None}
     then = f"Go on from {earlier[max(earlier)]}." if earlier else "No earlier checkpoint is there to go on from."
     # What writers say of a full disk is rarely that it is full
     free = shutil.disk_usage(parent).free / 1e9
     reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return (
-        f"{folder} could not be written, with {free:.2f} GB left on its disk ({reason}). What there was of it has been "
-        f"removed. {then}"
+    accelerator = trainer.accelerator
+    who = f" by process {accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    left = (
+        "What there was of it has been removed." if trainer.args.should_save else "What there is of it is not whole."
     )
+    return f"{folder} could not be written{who}, with {free:.2f} GB left on its disk ({reason}). {left} {then}"
 
 
 def check_folder(args: Any) -> None:
