@@ -103,6 +103,7 @@ def phases(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, floa
         step = student.m_step(
             *(rows, prompt, longest),
             compare=Comparison.of(config),
+            importance=config.m_step_importance_clip is not None,
             policy_gradient=joint,
         )
         # The teacher's hidden states are among them

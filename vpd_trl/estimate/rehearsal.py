@@ -189,12 +189,13 @@ class Rehearsal:
         completion: int,
         *,
         compare: Comparison,
+        importance: bool = False,
         policy_gradient: bool = False,
     ) -> Cost:
         """
         Forward pass of the student, divergence to a teacher whose hidden states are there, and backward pass.
 
-        With `policy_gradient`, GRPO's loss is there before, and both have one backward pass.
+        With `importance`, tokens are scored for importance ratios in between. With `policy_gradient`, GRPO's loss is there before, and both have one backward pass.
         """
 
         def step() -> None:
@@ -204,6 +205,9 @@ class Rehearsal:
             with self._head_precision():
                 head = self._head()
                 tokens = torch.zeros(len(hidden), dtype=torch.long)
+                if importance:
+                    with torch.no_grad():
+                        head.token_logps(hidden, tokens)
                 loss = loss + distill(hidden, target, head, head, tokens, compare, tiles=GPU_TILES).loss
             loss.backward()
 

@@ -38,10 +38,11 @@ def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, 
         step = student.policy_gradient(1, prompt, mean)
         found["policy gradient"] = rollouts * config.num_iterations * step.flops
     if plan.distills:
-        step = student.m_step(1, prompt, mean, compare=Comparison.of(config))
+        importance = config.m_step_importance_clip is not None
+        step = student.m_step(1, prompt, mean, compare=Comparison.of(config), importance=importance)
         found["M-step: student"] = with_feedback * config.num_iterations * step.flops
         found["M-step: teacher"] = with_feedback * config.num_iterations * teacher.target(1, told, mean).flops
-        if config.m_step_importance_clip is not None and not known:
+        if importance and not known:
             found["M-step: importance ratios"] = scored * scores
             known = not has_dropout(student.model)
     if parts.refines_teacher:
