@@ -195,7 +195,8 @@ class Rehearsal:
         """
         Forward pass of the student, divergence to a teacher whose hidden states are there, and backward pass.
 
-        With `importance`, tokens are scored for importance ratios in between. With `policy_gradient`, GRPO's loss is there before, and both have one backward pass.
+        With `importance`, tokens are scored for importance ratios in between. With `policy_gradient`, GRPO's loss is there
+        before, and both have one backward pass.
         """
 
         def step() -> None:
