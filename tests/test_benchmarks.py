@@ -13,7 +13,10 @@ def test_the_readmes_table_of_ratios_comes_from_the_results_files():
     table = report.table()
     assert text.split(f"{report.BEGIN}\n")[1].split(f"\n{report.END}")[0] == table
     assert table.startswith("| measured |")
-    assert all(line.count(" | ") == 3 for line in table.splitlines()[2:])
+    assert all(line.count(" | ") == 4 for line in table.splitlines()[2:])
+    page = (report.HERE / "README.md").read_text(encoding="utf-8")
+    assert page.split("<!-- phases -->\n")[1].split("\n<!-- /phases -->")[0] == report.phases()
+    assert report.phases().count("\n") == 3
 
 
 def test_the_page_about_eight_billion_parameters_comes_from_its_results_file():

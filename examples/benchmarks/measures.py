@@ -125,11 +125,15 @@ def memory(
 # ---- Time of whole runs
 
 
-def run_time(kind: str, *, steps: int = 5, length: int = 64, **changes: Any) -> float:
-    """
-    Seconds of a run with generation by transformers, of completions of one length for all.
+PHASES = {"generate": "rollouts", "e_step": "E-step", "m_step": "M-step"}
 
-    The processor's, of its one thread, which other work on the machine changes little.
+
+def run_time(kind: str, *, steps: int = 5, length: int = 64, **changes: Any) -> dict[str, float]:
+    """
+    Seconds of a run with generation by transformers, of completions of one length for all, and of its phases.
+
+    The processor's, of its one thread, which other work on the machine changes little; the phases' are those that this
+    library's trainer logs, by the clock.
     """
     network = setting.model(hidden=256, layers=4)
     network.generation_config.min_new_tokens = length
@@ -144,9 +148,20 @@ def run_time(kind: str, *, steps: int = 5, length: int = 64, **changes: Any) -> 
         **changes,
     )
     starts: list[float] = []
+    phases = dict.fromkeys(PHASES.values(), 0.0)
+    record = getattr(made, "_record", None)
+
+    def noted(name: str, value: float) -> None:
+        if starts and (phase := PHASES.get(name.removeprefix("time/"))):
+            phases[phase] += value
+        record(name, value)
+
+    if record is not None:
+        made._record = noted
     made.add_callback(_after_first_step(starts))
     made.train()
-    return time.process_time() - starts[0]
+    total = time.process_time() - starts[0]
+    return {"seconds": total} if record is None else {"seconds": total, **phases}
 
 
 def _after_first_step(starts: list[float]) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import eight_billion
+from .measures import PHASES
 
 
 HERE = Path(__file__).parent
@@ -56,6 +57,15 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def phases() -> str:
+    """Where the time of a run goes."""
+    found = load("time") or {"seconds of phases, medians": {}}
+    lines = ["| seconds of five steps | " + " | ".join(PHASES.values()) + " |", "|---|" + "---|" * len(PHASES)]
+    for kind, entry in found["seconds of phases, medians"].items():
+        lines.append(f"| `{kind}` | " + " | ".join(f"{entry[phase]:.1f}" for phase in PHASES.values()) + " |")
+    return "\n".join(lines)
+
+
 def chart(path: Path) -> None:
     """Operations against each axis, and what would be linear."""
     found = load("growth")
@@ -93,6 +103,7 @@ def chart(path: Path) -> None:
 
 def write() -> None:
     eight_billion.put_between(README, BEGIN, END, table())
+    eight_billion.put_between(HERE / "README.md", "<!-- phases -->", "<!-- /phases -->", phases())
     chart(RESULTS / "growth.png")
     eight_billion.write()
     print(table())

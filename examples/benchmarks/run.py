@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import eight_billion
-from .measures import apart, ratio, side_by_side, together
+from .measures import PHASES, apart, ratio, side_by_side, together
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,11 +71,18 @@ def memory() -> dict[str, Any]:
 
 
 def run_time() -> dict[str, Any]:
-    vpd, sdpo, grpo = side_by_side(5, "run_time", ("vpd", {}), ("sdpo", {}), ("trl grpo", {}))
+    kinds = ("vpd", "sdpo", "trl grpo")
+    found = dict(zip(kinds, side_by_side(5, "run_time", *((kind, {}) for kind in kinds)), strict=True))
+    vpd, sdpo, grpo = ([entry["seconds"] for entry in found[kind]] for kind in kinds)
+    phases = {
+        kind: {phase: statistics.median(entry[phase] for entry in found[kind]) for phase in PHASES.values()}
+        for kind in ("vpd", "sdpo")
+    }
     return {
         "conditions": "5 steps of 64 rollouts of 64 tokens with generation by transformers, after a first step; 4 layers, hidden "
         "size 256; processor time of one thread; 5 repeats in turn",
         "seconds": {"vpd": vpd, "sdpo": sdpo, "trl grpo": grpo},
+        "seconds of phases, medians": phases,
         "vpd over sdpo": ratio(vpd, sdpo),
         "vpd over trl grpo": ratio(vpd, grpo),
     }
