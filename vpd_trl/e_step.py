@@ -58,10 +58,6 @@ class _Update:
     rewards: list[torch.Tensor] = field(default_factory=list)
 
 
-def _first_of(batch: Batch, *names: str) -> Any:
-    return next((batch[name] for name in names if batch.get(name) is not None), None)
-
-
 class EStep:
     """
     Trains the teacher on a rollout batch by Binary Classifier Optimization.
@@ -108,7 +104,7 @@ class EStep:
             for u in possible:
                 # With several iterations TRL has scored the rollouts already, for importance ratios the trainer has
                 known = [
-                    _first_of(batch, "old_per_token_logps", "m_step_old_logps") if reuse else None
+                    batch.get("old_per_token_logps", batch.get("m_step_old_logps")) if reuse else None
                     for batch in u.micro_batches
                 ]
                 u.priors = [logps(b) if old is None else old for b, old in zip(u.micro_batches, known, strict=True)]
@@ -147,9 +143,8 @@ class EStep:
         sizes = within_budget(lengths[order].tolist(), micro_batch_size * longest, micro_batch_size)
         count = int(accelerator.gather(torch.tensor(len(sizes), device=accelerator.device)).max())
         pieces = [rows_of(rows, part) for part in order.split(sizes)]
-        while (
-            len(pieces) < count
-        ):  # with a row that counts for nothing, and of which one token goes through the network
+        while len(pieces) < count:
+            # A row that counts for nothing, and of which one token goes through the network
             filler = rows_of(rows, slice(0, 1))
             pieces.append(filler | {name: torch.zeros_like(filler[name]) for name in ("eligible", "completion_mask")})
         return pieces
