@@ -198,6 +198,8 @@ def test_a_metric_without_a_value_is_not_logged(tmp_path):
 
 
 def test_a_table_is_written_to_tensorboard_once_however_often_is_logged(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs pip install tensorboard")
+
     def row(completion):
         return {"prompt": ["1+1="], "completion": [completion], "rewards": {}, "extra": {}, "advantages": [0.5]}
 
