@@ -48,7 +48,7 @@ def record(scenario, moments, damaged, path):
     """Write when a scenario's runs were killed beside what the file has of others."""
     git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "HEAD"]
     about = {
-        "command": f"KILL_RECORD={path.name} python -m pytest -m slow tests/test_kill.py",
+        "command": "KILL_RECORD=examples/accelerate/results/kills.json python -m pytest -m slow tests/test_kill.py",
         "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
         "what": "what each run was doing when it was killed, and how many damaged checkpoints were seen after the kills; "
         "each scenario's run then ended in the weights of one that was left alone",
