@@ -13,11 +13,37 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from .choice_patterns import (
+    ALL_TAKEN_BACK,
+    ANOTHER,
+    ATTACHED,
+    BARE,
+    CALLED_WRONG,
+    CLAUSE_END,
+    COMMITS,
+    CORRECTS,
+    ENDED,
+    ENDED_ARTICLE,
+    HINTS,
+    LEFT_OPEN,
+    NAMES_ANSWER,
+    NEGATED,
+    ON_CONDITION,
+    OPENS_SENTENCE,
+    REASONED,
+    SENTENCE_END,
+    SUBJECT_AFTER,
+    TAKES_BACK,
+    THEN_DENIED,
+    THEN_TAKEN_BACK,
+    UNREAL_AFTER,
+    UNREAL_BEFORE,
+    VERB,
+    WOULD,
+)
 from .inputs import ANSWER_TAG
 
 
-# Letters and digits go on with a word, but for scripts written without spaces: in "选B因为" the B stands alone
-_WORD = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _LATEX_STYLE = re.compile(r"\\(?:text|math|emph)(?:bf|rm|sf|it|tt|up|normal)?\s*\{([^{}]*)\}")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _MARKUP: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
@@ -33,202 +59,6 @@ _MARKUP: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...
     (re.compile(r"\s*\n[\s#>•+-]*"), "\n"),  # also what marks headings, quotes and bullets
 )
 _NEXT_QUESTION = re.compile(r"\n(?:next )?(?:question|problem|q|human|user)\b ?\d*(?:[:.)\n]|(?<=\d) )", re.IGNORECASE)
-
-# ---- What may stand around a letter
-
-_BECAUSE = "because|since|as|due|but|if|which|where"
-_GOES_ON = (
-    f"(?:{_BECAUSE}|and|or|nor|not|for|so|when|while|although|though|rather than|instead|here|by|according|from|with|"
-    "on|in|at|given|based|that|again|therefore|thus|hence|then|I)"
-)
-_SPECIES = (
-    "elegans|coli|subtilis|cereus|anthracis|thuringiensis|pertussis|melanogaster|rerio|difficile|botulinum|tetani|"
-    "perfringens|albicans|jejuni|burgdorferi|diphtheriae|trachomatis|neoformans|discoideum|rapa|oleracea|napus|"
-    "thaliana|tumefaciens|aegypti|gambiae|fumigatus|niger|nidulans|baumannii|mellifera|taurus|familiaris|reinhardtii"
-)
-_STOP = (
-    rf"\s*(?:$|</answer>|\((?<=\s\()(?!mod\b)|[\n,;:!?)\]\"—–…。、\u3400-\u9fff]|\.(?!\w)(?!\s*(?:{_SPECIES})\b)|-\s)"
-)
-_ATTACHED = re.compile(rf"{_WORD}|[°^=+*/']|-\w|\s*[=+^]|\s*-\s*\d")
-_ENDED = re.compile(rf"{_STOP}|\s+{_GOES_ON}\b(?!-)")
-# "A" and "I" are words, too: "a because" can't go on with a noun, "a not too simple one" can
-_ENDED_ARTICLE = re.compile(rf"{_STOP}|\s+(?:{_BECAUSE}|and|or|nor|for|by|from|with|in|at|here|instead)\b(?!-)")
-_VERB = re.compile(r"\s+(?:is|are|was|were|can|cannot|can't|has|have|does|do|would|isn't|aren't|don't|doesn't)\b")
-_SUBJECT_AFTER = re.compile(
-    r"(?:^|[.,;:!?()\n\"]|<answer>|\b(?:so|therefore|thus|hence|that|then|and|or|nor|but|only|only statement|because|"
-    r"since|clearly|both|neither|either|think|believe|means|conclude|say|wait|actually|no|if|is|makes?|making|while|"
-    r"although))\s*$",
-    re.IGNORECASE,
-)
-
-# ---- What the clause before takes back or leaves open
-
-_CLAUSE_END = re.compile(
-    r"[.,;:!?()\n—–]|(?<!\ball )(?<!thing )\bbut\b|\b(?:so|because|and|however|thus|hence|therefore|then|while|"
-    r"although)\b",
-    re.IGNORECASE,
-)
-_NEGATED = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|hardly|unlikely|no (?:way|evidence|reason)|impossible|wrong|"
-    r"incorrect|false that|disagree|deny|dispute|refuse|fail|nobody|no one|reject\w* (?:the|that|this|any))\b|n't\b|"
-    r"(?<!no )\bdoubt\b",
-    re.IGNORECASE,
-)
-_LEFT_OPEN = re.compile(
-    r"\b(?:if|whether|suppos\w+|assum\w+|unless|imagine|could|might|may|maybe|perhaps|possibly|some|many|others?|"
-    r"people|students?|someone|they|common|mistake\w*|tempt\w+|trap|misconception|wrongly|incorrectly|first thought|"
-    r"(?:you|he|she|user|student|teacher|friend|author) (?:says?|said|thinks?|thought|claims?|claimed)|"
-    r"(?:all|everything|anything) (?:but|except))\b",
-    re.IGNORECASE,
-)
-# "Had it been larger, the answer would be B", but "if I had to choose, I'd say B"
-_WOULD = re.compile(r"\bwould\b|'d\b", re.IGNORECASE)
-_UNREAL_IF = r"if (?!I |you )[^.!?\n]{0,200}\b(?:were|had|was|asked)\b"
-_UNREAL_BEFORE = re.compile(rf"(?:^|[.!?;\n] ?)(?:(?:had|were) (?!I )|{_UNREAL_IF})[^.!?\n]*$", re.IGNORECASE)
-_UNREAL_AFTER = re.compile(rf",? (?:only )?{_UNREAL_IF}", re.IGNORECASE)
-_THEN_DENIED = re.compile(
-    r" \((?:incorrect|wrong)\b"
-    r"|,? \(?(?:but|which) (?:is|that is|that's|this is|would be) (?:not|wrong|incorrect|false)\b"
-    r"|,? (?:but|which|though|although) (?:(?:that|this|it)(?:'s| is| was)|is|was|(?:turns|turned) out(?: to be)?|"
-    r"(?:proves|proved)(?: to be)?) (?:wrong|incorrect|false|not (?:it|correct|right|true|possible))\b"
-)
-_TAKEN_BACK = (
-    r"(?:(?:this|that|it|(?:my|the|this|that) (?:answer|choice|option))(?: is|'s| was)(?: (?!not\b)\w+)? "
-    r"(?:wrong|incorrect|a mistake|not (?:it|correct|right))"
-    r"|(?:this|that|it) (?:isn't|wasn't|can't be|cannot be) (?:it|correct|right)"
-    r"|(?:this|that|it) (?:doesn't|does not) (?:work|fit|hold|make sense)"
-    r"|I(?:'m| am| was) (?:wrong|mistaken)|I disagree|I made (?:a mistake|an error)|I take (?:that|it) back"
-    r"|(?:scratch|forget|strike) that|never ?mind|(?:just|I'm) (?:kidding|joking)"
-    r"|(?:no|wait),? (?:no|it isn't|it's not|it is not)(?! \w))"
-    rf"(?=\s*(?:$|[.,;:!)\n]|(?:{_BECAUSE})\b))"
-)
-_SELF_CORRECTION = r"(?:(?:no|wait|sorry|oops|hmm|hold on)\b[,.:;!…]* ?)"
-_THEN_TAKEN_BACK = re.compile(
-    rf"(?:(?:[^.!?\n]|\.(?=\d)){{0,200}}[.!\n] ?| ?)(?:{_SELF_CORRECTION}|(?:but|however|actually),? )*{_TAKEN_BACK}",
-    re.IGNORECASE,
-)
-_ALL_TAKEN_BACK = re.compile(rf"(?:^|[.!\n] ?|</answer> ){_SELF_CORRECTION}+{_TAKEN_BACK}", re.IGNORECASE)
-_ON_CONDITION = re.compile(r",? (?:only )?(?:if|unless|provided)\b")
-_CALLED_WRONG = re.compile(
-    r"[.:)\]]?[ –—-]*(?:this |the )?(?:it's |(?:(?:it|answer|option|choice) )?is )?(?:not|no|incorrect|wrong|false)\b"
-    r"|[.:)\]]?[^.!?\n]*\bis (?:incorrect|wrong|false|not (?:one|the|correct|right))\b"
-    r"|[.:)][^.!?\n]*[.!?:] ?this (?:answer|option|choice) is (?:incorrect|wrong)",
-    re.IGNORECASE,
-)
-# "I think A, B and C are wrong", but "the answer is B, A and C are wrong"
-_OPENS_SENTENCE = re.compile(
-    r"\b(?:think|believe|guess|say|conclude|that|wait|actually|correction|sorry|no)[,:;]? [(\[{\"']?$", re.IGNORECASE
-)
-_REASONED = re.compile(r"\b(?:wrong|incorrect|because|since|not)\b|n't\b", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?\n]")
-_CORRECTS = re.compile(
-    r"\b(?:wait|actually|correction|sorry|on second thought|reconsider|reflection|closer (?:look|inspection)|rather|"
-    r"instead)\b|\bno[,.!:]",
-    re.IGNORECASE,
-)
-
-# ---- Statements; {M} is a mention of a choice, and spaces stand for any white space
-
-_SURELY = (
-    r"(?: ?(?:therefore|thus|then|hence|probably|most likely|likely|clearly|definitely|surely|certainly|actually|"
-    r"indeed|obviously|simply|still|again|in fact|either|both|:|,))*"
-)
-_COPULA = r"(?: (?:is|was|are)|'s| (?:must|should|would|will|has to|have to|seems to|appears to) be)\b"
-_ABOUT = (
-    r"(?: (?:to|of|for|in|on|from|among|with|the|this|that|these|those|above|below|given|following|question|problem|"
-    r"options?|choices?|case|here|I|I'd|we|would|choose|select|pick|based|context|scenario|passage|text|my|your|"
-    r"provided|listed|therefore|thus|then|now|most|likely|best|fits|matches|one|\d+)){0,8}?"
-    r"(?:, (?:however|therefore|then|thus|of course|in my opinion|in this case|I think|I believe),)?"
-)
-_GOOD = r"(?:most )?(?:correct|right|best|better|final|only|remaining|appropriate|accurate|suitable|likely|single)"
-_PICKED = (
-    rf"(?:answers?|ans|choices?|options?|selection|pick|guess|{_GOOD} (?:\w+ )?(?:one|statement|letter|alternative|"
-    r"explanation|description|response|solution|conclusion))"
-)
-# "The second best answer", "your answer"
-_ANOTHER = re.compile(
-    r"\b(?:least|worst|poorest|weakest|bad|second|third|next|runner-up|alternative|opposite|distractor|decoy|"
-    r"eliminated|rejected|excluded|previous|initial|original|earlier|(?<!is )your|his|her|their)"
-    r"(?:[ -](?!the\b|my\b)\w+(?:'s)?){0,2}[ -]?$",
-    re.IGNORECASE,
-)
-_NAMES_ANSWER = re.compile(rf"{_PICKED}\b|{_GOOD}\b|most\b", re.IGNORECASE)
-_CHOOSING = (
-    r"(?:choose|chose|select|selected|pick|picked|choosing|selecting|go with|going with|go for|going for|opt for|"
-    r"settle on|switch to|switching to|change to|changing to|say|guess|think|believe|answer|vote for|conclude|"
-    r"stick with|lean towards?|leaning towards?)"
-)
-# "We choose A as the origin", "A from the set"
-_NO_ROLE = (
-    rf"(?! as (?:the|an?|our|my) (?!(?:{_GOOD} )*(?:answer|choice|option)\b)"
-    r"| from (?:the|an?|our|this) (?!(?:\w+ )?(?:options|choices|answers|alternatives|list)\b)"
-    r"| (?:at random|so that|such that|to be)\b)"
-)
-
-COMMITS = (
-    rf"\b{_PICKED}{_ABOUT}{_COPULA}{_SURELY} ?\n?{{M}}",
-    r"\b(?:answer|ans|choice|option|selection|pick|guess|response)\"?(?: to (?:the|this) question)?"
-    r"(?: ?(?:[-=]+>|[:=–—→-]) ?\n?){M}",
-    r"(?:^|\n)(?:(?:my|the|final|correct) )*answer\n{M}",
-    r"(?:^|\n)(?:(?:the|correct|final|answer|option) )*(?:correct|letter|answer key): {M}",
-    r"(?:^|\n)solution: {M}(?=\.?(?:\n|$))",
-    r"\b(?:answer|option|choice), {M}(?=,)",
-    r"\bans\. {M}",
-    r"(?:^|[.;:\n] ?)(?:(?:my|the|final|correct) )*answer (?=[(\[]){M}(?=[.\n]|$)",
-    # "The answer is 5 m, which is option B"
-    rf"\b{_PICKED}{_ABOUT}{_COPULA} (?!not\b)[^.,!?\n()]{{1,80}}?(?:,? (?:which is|that is,?|i\.e\.,?|namely,?))? ?"
-    r"\(?{N}",
-    rf"{{S}}{_COPULA}{_SURELY} (?:the |my |our )?(?:{_GOOD} )*(?:answer|choice|option|one|response|pick)\b"
-    r"(?! (?:to|for|of|in) (?:an?|another|the (?:other|previous|next|wrong))\b)",
-    r"(?:n't|\bnot) (?:[^.,;!?\n]{0,30} )?(?:answer|option|choice|correct|right|best|\(?[A-Z]\)?)[,;.]? "
-    r"(?:but )?{S} is(?= ?(?:[.!;\n]|$))",
-    r"\b(?:I|we)(?:'d|'ll|'m| am| would| will| should| must| can)?"
-    r"(?: (?:therefore|thus|probably|rather|still|now|then|definitely|have to|going to))*"
-    rf" {_CHOOSING}(?: (?:that|it's|it is|it must be|it has to be))*:? {{M}}{_NO_ROLE}",
-    rf"(?:^|[.,;:\n] ?|\bso )(?:choose|select|pick|go(?:ing)? with|choosing) {{M}}{_NO_ROLE}",
-    r"\b(?:so|then),? {S} it is\b",
-    r"\b(?:wait|actually|correction|sorry|no|I mean|I meant|scratch that|on second thought|on reflection)[,:;] {M}",
-    r"\bactually {M}(?= ?(?:[.!\n]|$))",
-    r"\b(?:wait|actually|sorry|oops|no)[,.:;!] I mean(?:t)? {M}",
-    r"\bor,? (?:rather|better|more \w+),? {M}",
-    r"\b(?:chang|switch|revis)\w* (?:my|the) (?:\w+ )?(?:answer|choice|pick|guess|selection) "
-    r"(?:from (?:option )?\(?[A-Z]\)? )?to {M}",
-    rf"\b(?:{_GOOD}|most \w+) \w+(?: [\w-]+){{0,6}}?{_COPULA}{_SURELY} {{N}}",
-    rf"\bmak(?:es|ing) {{S}} (?:the|our|my) (?:{_GOOD} )*(?:answer|choice|option)\b",
-    r"(?:\bnot|n't) (?:option )?\(?[A-Z]\)?,? but (?:rather )?{M}",
-    r"(?:答案|选项)(?:应该)?(?:是|为|选|:)? ?{M}",
-    r"(?<!不)选择? ?{M}",
-)
-TAKES_BACK = (
-    r"{S} (?:is|was|can|could|would|must|should|does|do)(?: not|n't|not)\b",
-    r"{S} (?:is|was)(?: \w+)? (?:incorrect|wrong|false|ruled out|eliminated|out|impossible)\b",
-    r"\b(?:rul(?:e|es|ed|ing)|eliminat(?:e|es|ed|ing)|exclude|discard|reject)(?: out)? {M}",
-    r"(?:n't|\bnot|cannot)(?: be)? {M}",
-)
-HINTS = (
-    rf"{{S}}{_COPULA}{_SURELY} (?:the )?(?:most )?(?:correct|right)\b",
-    rf"\b(?:it|that|this){_COPULA}{_SURELY} {{M}}",
-    r"(?:\b(?:so|therefore|thus|hence|by elimination|i\.e\.)|(?<!\b[A-Z])(?<!\b[A-Z] )(?:[∴→⇒]|=>))[,:]? ?"
-    r"{M}(?=\s*[.!]?\s*(?:\n|$))",
-    r"\b(?:corresponds? to|match(?:es)?|leads? to|points? to|which is|namely|given by|described by) (?:only )?{N}",
-    r"\b(?:(?:leaves?|leaving)(?: us)?(?: with)?|left with)(?: only)? {M}",
-    r"\bonly (?:statement )?{S} (?!(?:(?:is|was|does|do|can|could|has)(?:n't|not| not)?|"
-    r"fails|violates|contradicts|lacks|differs|ignores)\b)\w",
-    r"{S} (?:(?:best|correctly|most \w+) \w+|fits|matches|works|makes (?:the most |most )?sense)\b",
-    r"{S} (?:seems|looks|sounds|appears)(?: to be)?(?: the)?(?: most)?"
-    r" (?:right|correct|best|plausible|likely|reasonable)\b",
-    r"\b(?:best|correctly|most \w+) \w+ by {N}",
-    r"\((?=(?:option|choice|answer)\b){M}[.!]?\Z",
-    r"(?:^|\n|[.;] ?){M} ?[:.)–-] ?(?:this is |it is |it's )?(?:the )?(?:correct|right)\b",
-)
-# Nothing but a choice, or a choice and its text
-BARE = (
-    r"\A{M}",
-    r"\n{M}(?:[.:)] [^\n]*|[.)])?\Z",
-    r"[.!?:] (?=[(\[]){M}\.?\Z",
-    r"(?<!\b[A-Z])[.!] {M}\.\Z",
-)
-
 
 _KINDS = {"commit": COMMITS, "back": TAKES_BACK, "hint": HINTS}
 
@@ -336,7 +166,7 @@ class _Reader:
                 event = self._event(text, match, kind)
                 if event is not None:
                     yield event
-        for match in _ALL_TAKEN_BACK.finditer(text):
+        for match in ALL_TAKEN_BACK.finditer(text):
             yield Event(match.start(), "open", "")
         for tag in ANSWER_TAG.finditer(text):
             content = tag[1].strip()
@@ -344,7 +174,7 @@ class _Reader:
             listed = mention and (
                 self._several(content, mention) or self._is_list_of_options(content, mention, bare=True)
             )
-            if listed or self.run.fullmatch(content) or _THEN_TAKEN_BACK.match(text, tag.end()):
+            if listed or self.run.fullmatch(content) or THEN_TAKEN_BACK.match(text, tag.end()):
                 yield Event(tag.start(), "open", "")
             elif mention and self._stands_alone(content, mention):
                 yield Event(tag.start(), "commit", mention["letter"].upper())
@@ -354,7 +184,7 @@ class _Reader:
                 yield Event(bare.start(), "hint", bare["letter"].upper())
 
     def _is_bare_choice(self, text: str, match: re.Match[str]) -> bool:
-        if _is_asked(text, match) or _CALLED_WRONG.match(text, match.end()):
+        if _is_asked(text, match) or CALLED_WRONG.match(text, match.end()):
             return False
         if self._several(text, match, bare=True) or self._is_list_of_options(text, match, bare=True):
             return False
@@ -368,27 +198,27 @@ class _Reader:
         place += len(text[place:end]) - len(text[place:end].lstrip(" .,;:\n"))
         if not (self._is_subject(text, match) if subject else self._stands_alone(text, match)):
             return None
-        if _THEN_DENIED.match(text, end):
+        if THEN_DENIED.match(text, end):
             return None
         if _is_asked(text, match) or (kind == "commit" and not subject and self._is_list_of_options(text, match)):
             return None
         before = text[max(0, place - 200) : place]
-        clause = _CLAUSE_END.split(before)[-1]
-        if _LEFT_OPEN.search(clause):
+        clause = CLAUSE_END.split(before)[-1]
+        if LEFT_OPEN.search(clause):
             return None
-        if not subject and _ANOTHER.search(clause) and _NAMES_ANSWER.match(text, place):
+        if not subject and ANOTHER.search(clause) and NAMES_ANSWER.match(text, place):
             return None
-        if _WOULD.search(match[0]) and (_UNREAL_BEFORE.search(before) or _UNREAL_AFTER.match(text, end)):
+        if WOULD.search(match[0]) and (UNREAL_BEFORE.search(before) or UNREAL_AFTER.match(text, end)):
             return None
-        if _NEGATED.search(clause):
+        if NEGATED.search(clause):
             return None if kind == "back" else Event(place, "back", letter)
         if kind == "back":
             return Event(place, kind, letter)
         if self._several(text, match) or (subject and self.joined_before.search(before[-20:])):
             return Event(place, "open", "") if kind == "commit" else None
-        if _THEN_TAKEN_BACK.match(text, end) or (kind == "commit" and self._on_condition(text, match)):
+        if THEN_TAKEN_BACK.match(text, end) or (kind == "commit" and self._on_condition(text, match)):
             return Event(place, "open", "") if kind == "commit" else None
-        if kind == "hint" and _CORRECTS.search(text[max(0, place - 60) : match.end()]):
+        if kind == "hint" and CORRECTS.search(text[max(0, place - 60) : match.end()]):
             kind = "commit"
         return Event(place, kind, letter)
 
@@ -397,13 +227,13 @@ class _Reader:
         letter, end = match["letter"], self._end(match)
         if self._several(text, match):
             return True
-        if _ATTACHED.match(text, end):
+        if ATTACHED.match(text, end):
             return False
         if end > match.end("letter") or (match["named"] and letter.isupper() and not bare):
             return True
         if letter == "a" and end == len(text) and text != text.lower():
             return False  # more likely an article before the text was cut off
-        return bool((_ENDED_ARTICLE if letter in "AaIi" else _ENDED).match(text, end))
+        return bool((ENDED_ARTICLE if letter in "AaIi" else ENDED).match(text, end))
 
     @staticmethod
     def _end(match: re.Match[str]) -> int:
@@ -415,13 +245,13 @@ class _Reader:
         if self._end(match) > match.end("letter") or match["named"]:
             return True
         start = match.start("letter")
-        return bool(_SUBJECT_AFTER.search(text[max(0, start - 20) : start]))
+        return bool(SUBJECT_AFTER.search(text[max(0, start - 20) : start]))
 
     def _on_condition(self, text: str, match: re.Match[str]) -> bool:
         """Whether a choice holds on a condition, and another one is named thereafter: "A if n is even, else B"."""
-        if not _ON_CONDITION.match(text, match.end()):
+        if not ON_CONDITION.match(text, match.end()):
             return False
-        sentence = _SENTENCE_END.split(text[match.end() : match.end() + 200])[0]
+        sentence = SENTENCE_END.split(text[match.end() : match.end() + 200])[0]
         return any(other != match["letter"].upper() for other in self.alone.findall(sentence))
 
     def _several(self, text: str, match: re.Match[str], *, bare: bool = False) -> bool:
@@ -432,18 +262,18 @@ class _Reader:
         """
         letter, end = match["letter"], self._end(match)
         start = match.start("named" if match["named"] else "letter")
-        opens = bare or _OPENS_SENTENCE.search(text[max(0, start - 20) : start])
+        opens = bare or OPENS_SENTENCE.search(text[max(0, start - 20) : start])
         separator = None
         while True:
             further = self.further.match(text, end) or self.further.match(text, end + 1)
             if not further or further["letter"].upper() == letter.upper():
                 break
             after = further.end()
-            verb = _VERB.match(text, after)
+            verb = VERB.match(text, after)
             if further["letter"].islower() and letter.isupper():  # "B, a metal"
                 break
             named = "," not in further["separator"] and further["letter"] not in "AaIi"
-            if _ATTACHED.match(text, after) or not (verb or named or _ENDED.match(text, after)):
+            if ATTACHED.match(text, after) or not (verb or named or ENDED.match(text, after)):
                 break
             separator = separator or further["separator"]
             if verb and separator.startswith(",") and not opens:
@@ -464,7 +294,7 @@ class _Reader:
             return False
         if "\n" in text[given.end() : further.start()] and text[further.start() - 1] != "\n":
             return False
-        return bare or not _REASONED.search(text, given.end(), further.end() + 100)
+        return bare or not REASONED.search(text, given.end(), further.end() + 100)
 
     def _may_be_no_choice(self, text: str, match: re.Match[str]) -> bool:
         """Whether what looks like a choice and its text is "A:" for "Answer:", or the first of steps that follow."""
@@ -477,7 +307,7 @@ class _Reader:
 
 
 def _is_asked(text: str, match: re.Match[str]) -> bool:
-    ending = _SENTENCE_END.search(text, match.end(), match.end() + 200)
+    ending = SENTENCE_END.search(text, match.end(), match.end() + 200)
     return ending is not None and ending[0] == "?"
 
 
