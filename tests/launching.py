@@ -1,9 +1,11 @@
 """Starting a script in several processes, as a user would, and ending it when it hangs."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 
 class Hangs(RuntimeError):
@@ -33,3 +35,16 @@ def run(command, *, seconds, **env):
             process.kill()
         raise Hangs(output[-3000:]) from None
     return process.returncode, output
+
+
+def commit():
+    """The commit of the code that runs."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def record(path, scenario, found, **about):
+    """Write what was found of a scenario into a results file, beside what it has of others."""
+    scenarios = json.loads(path.read_text())["scenarios"] if path.exists() else {}
+    scenarios[scenario] = found
+    path.write_text(json.dumps({**about, "commit": commit(), "scenarios": scenarios}, indent=1) + "\n")

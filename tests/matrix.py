@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from importlib import metadata, util
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from tests.launching import Hangs, accelerate_command, run
+from tests.launching import Hangs, accelerate_command, commit, run
 
 
 ROOT = Path(__file__).parent.parent
@@ -138,18 +137,17 @@ def table(results):
 def write(found, command):
     """Put what was found into the results file, beside what it has of other cells, and the table into the README."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}}
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    here = commit()
     about = {
         "command": command,
-        "commit": commit,
+        "commit": here,
         "seeds": {"model": 0, "training": 1},
         "machine": f"{os.cpu_count()} CPUs, two processes (gloo), {platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in PACKAGES if util.find_spec(name) is not None},
     }
     for cell, engines in found.items():
-        engines = {engine: record | {"commit": commit} for engine, record in engines.items()}
+        engines = {engine: record | {"commit": here} for engine, record in engines.items()}
         results["cells"].setdefault(cell, {}).update(engines)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(about | {"cells": results["cells"]}, indent=1) + "\n")

@@ -1,6 +1,5 @@
 """A run that is killed at random moments and resumed, again and again, ends as one that was left alone."""
 
-import json
 import os
 import random
 import subprocess
@@ -13,6 +12,7 @@ import torch
 
 from tests import tiny
 from tests.kill_script import SCENARIOS
+from tests.launching import record
 from vpd_trl.checkpoints import find_fault
 
 
@@ -44,20 +44,6 @@ def killed_in(scenario, folder, phase, rng):
     return last if process.returncode == -9 else f"ended with {process.returncode}"
 
 
-def record(scenario, moments, damaged, path):
-    """Write when a scenario's runs were killed beside what the file has of others."""
-    git = ["git", "-C", str(SCRIPT.parent), "rev-parse", "HEAD"]
-    about = {
-        "command": "KILL_RECORD=examples/accelerate/results/kills.json python -m pytest -m slow tests/test_kill.py",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
-        "what": "what each run was doing when it was killed, and how many damaged checkpoints were seen after the kills; "
-        "each scenario's run then ended in the weights of one that was left alone",
-    }
-    found = json.loads(path.read_text())["scenarios"] if path.exists() else {}
-    found[scenario] = {"killed during": moments, "damaged checkpoints": damaged}
-    path.write_text(json.dumps(about | {"scenarios": found}, indent=1) + "\n")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_run_that_is_killed_and_resumed_five_times_ends_as_if_it_had_not_been(tmp_path, scenario):
@@ -74,7 +60,14 @@ def test_a_run_that_is_killed_and_resumed_five_times_ends_as_if_it_had_not_been(
         assert not (tmp_path / "killed" / "end.pt").exists(), "killed too late"
     print(f"\n{scenario}: killed during {', '.join(map(str, moments))}; {damaged} damaged checkpoints were left")
     if path := os.environ.get("KILL_RECORD"):
-        record(scenario, moments, damaged, Path(path))
+        record(
+            Path(path),
+            scenario,
+            {"killed during": moments, "damaged checkpoints": damaged},
+            command="KILL_RECORD=examples/accelerate/results/kills.json python -m pytest -m slow tests/test_kill.py",
+            what="what each run was doing when it was killed, and how many damaged checkpoints were seen after the kills; "
+            "each scenario's run then ended in the weights of one that was left alone",
+        )
     assert all(moment in ("ready", *PHASES, "deleting") for moment in moments), moments
 
     process = start(scenario, tmp_path / "killed")

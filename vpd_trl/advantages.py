@@ -54,9 +54,7 @@ class AdvantageShaper:
         """Δ (N, T): log q − log π of the sampled tokens, 0 on the others and where there is no feedback."""
         scorer, mask = self.trainer.scorer, loss_mask(batch) * batch["has_feedback"].unsqueeze(-1)
         log_ratio = torch.zeros(mask.shape, device=mask.device)
-        rows = batch["has_feedback"].nonzero().squeeze(-1)
-        if self.trainer.engine.shards_weights:  # equally many passes on all processes, which gather weights together
-            rows = torch.arange(len(mask), device=mask.device)
+        rows = scorer.rows_to_score(batch)
         student_logps = scorer.known_logps(batch)
         if len(rows):
             with self.trainer.teacher.target_context():

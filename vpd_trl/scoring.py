@@ -62,6 +62,13 @@ class Scorer:
             pieces = pieces_of(batch, self.args.per_device_train_batch_size)
             return torch.cat([self.sampled_logps(model, piece, teacher=teacher) for piece in pieces])
 
+    def rows_to_score(self, batch: Batch) -> torch.Tensor:
+        """The rows of a batch that have to be scored: those with feedback, or all where processes go through together."""
+        has_feedback = batch["has_feedback"]
+        if self.trainer.engine.shards_weights:  # equally many passes on all processes, which gather weights together
+            return torch.arange(len(has_feedback), device=has_feedback.device)
+        return has_feedback.nonzero().squeeze(-1)
+
     def known_logps(self, batch: Batch) -> torch.Tensor:
         """
         The student's `frozen_logps` of rollouts that have just been sampled, 0 for those without feedback.
@@ -71,9 +78,7 @@ class Scorer:
         old_logps = batch.get("old_per_token_logps")
         if old_logps is not None and not has_dropout(self.trainer.model):
             return old_logps
-        rows = batch["has_feedback"].nonzero().squeeze(-1)
-        if self.trainer.engine.shards_weights:  # equally many passes on all processes, which gather weights together
-            rows = torch.arange(len(batch["has_feedback"]), device=rows.device)
+        rows = self.rows_to_score(batch)
         logps = torch.zeros(batch["completion_ids"].shape, device=rows.device)
         if len(rows):
             logps[rows] = self.frozen_logps(rows_of(batch, rows)).to(logps.dtype)
