@@ -19,6 +19,12 @@ HOOKS = [
     (GRPOTrainer._generate_and_score_completions, "self inputs"),
     (GRPOTrainer._prepare_inputs, "self generation_batch"),
     (GRPOTrainer._compute_loss, "self model inputs"),
+    (
+        GRPOTrainer._get_per_token_logps_and_entropies,
+        "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
+        "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
+        "mm_token_type_ids image_position_ids",
+    ),
     (GRPOTrainer._tokenize_prompts, "self prompts"),
     (GRPOTrainer._log_completion_extra, "self column values"),
     (GRPOTrainer._log_metric, "self name value"),

@@ -100,7 +100,6 @@ def distance(sampled, logps, mask):
 
 def main(scenario, folder):
     trainer = build(scenario, folder)
-    trainer.vllm_importance_sampling_correction = True  # so that batches hold what vLLM says of its samples
     records, seen = [], {}
     initial = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     score = trainer._generate_and_score_completions

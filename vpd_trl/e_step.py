@@ -102,11 +102,8 @@ class EStep:
         reuse = fresh and self.trainer.prior.is_student and not has_dropout(self.trainer.model)
         with self.trainer.prior.context():
             for u in possible:
-                # With several iterations TRL has scored the rollouts already, for importance ratios the trainer has
-                known = [
-                    batch.get("old_per_token_logps", batch.get("m_step_old_logps")) if reuse else None
-                    for batch in u.micro_batches
-                ]
+                # For importance ratios the rollouts have been scored already
+                known = [batch.get("m_step_old_logps") if reuse else None for batch in u.micro_batches]
                 u.priors = [logps(b) if old is None else old for b, old in zip(u.micro_batches, known, strict=True)]
         with self.trainer.teacher.training_context():
             for u in possible:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 
@@ -29,6 +31,13 @@ def meet(accelerator: Any, place: str, value: Any = None, *, error: Exception | 
     """
     if accelerator.num_processes == 1:
         return [value]
+    # Nearly always this one tensor says it all: nobody failed, all are here, and the value is a number or nothing
+    number = value if type(value) is int else 0
+    plain = error is None and (value is None or type(value) is int)
+    row = [zlib.crc32(place.encode()), int(plain), int(value is not None), number]
+    rows = accelerator.gather(torch.tensor([row], device=accelerator.device)).tolist()
+    if all(is_plain and where == row[0] for where, is_plain, _, _ in rows):
+        return [number if has_value else None for _, _, has_value, number in rows]
     failed = None
     if error is not None:
         notes = " ".join(getattr(error, "__notes__", []))

@@ -99,6 +99,7 @@ class VPDTrainer(GRPOTrainer):
     #   _calculate_rewards, _generate_and_score_completions   the rollouts' feedback
     #   get_batch_samples, _prepare_inputs                     when rollouts are collected
     #   _compute_loss, training_step                           the M-step
+    #   _get_per_token_logps_and_entropies                     what only a policy gradient needs
     #   evaluate                                               evaluations beside TRL's own
     #   create_model_card, push_to_hub, _push_from_checkpoint  the Hub
     #   train, _get_train_sampler, save_model, _save_checkpoint,
@@ -299,6 +300,12 @@ class VPDTrainer(GRPOTrainer):
             self._annotation = self.annotator(inputs, prompts, completions, completion_ids_list, rewards_per_func)
             self._record("time/feedback", time.perf_counter() - start)
         return rewards_per_func
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL asks for those of all rollouts where a step may train on older ones, and of its reference model
+        if self.parts.uses_feedback and self.model.training and not self.rl_weight:
+            return None, None, None
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     # ---- M-step
 

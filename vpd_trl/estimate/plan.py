@@ -166,9 +166,11 @@ class Plan:
 
     @property
     def trl_scores(self) -> bool:
-        """Whether TRL computes log-probabilities of rollouts before training on them."""
+        """Whether TRL computes log-probabilities of rollouts before training on them, for its loss."""
         config = self.config
-        if self.policy_gradient and config.use_vllm and config.vllm_importance_sampling_correction:
+        if not self.policy_gradient:
+            return False
+        if config.use_vllm and config.vllm_importance_sampling_correction:
             return True
         return config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) != 0
 

@@ -30,7 +30,7 @@ def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, 
     found: dict[str, float] = {}
     if plan.trl_scores:
         found["TRL's log-probabilities"] = rollouts * scores
-    if config.beta != 0:
+    if config.beta != 0 and plan.policy_gradient:
         found["reference model"] = rollouts * scores
     if parts.shapes_advantages:
         found["credit of tokens"] = scored * (told_scores + (0 if known else scores))
