@@ -3,11 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests import tiny
 from vpd_trl import scoring
 from vpd_trl.batch import concatenated, loss_mask, rows_of
-from vpd_trl.lengths import by_length, compact, row_lengths, within_budget
+from vpd_trl.lengths import by_length, compact, of_like_length, row_lengths, within_budget
 from vpd_trl.network import causal_lm
 
 
@@ -77,6 +78,50 @@ def test_groups_stay_within_their_budget_and_a_long_row_goes_alone():
     assert within_budget([0, 0], 10, 4) == [2]
 
 
+def test_padding_does_not_move_the_positions_of_a_model_that_learns_them(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, eos_token_id=1)
+    model = GPT2LMHeadModel(config)
+    model.transformer.wpe.weight.data.normal_()
+    trainer = build(tmp_path, mdl=model, max_completion_length=9, max_steps=1)
+    batch = padded(LENGTHS)
+    together = trainer.scorer.frozen_logps(batch)
+    for i, (prompt, completion) in enumerate(LENGTHS):
+        if completion:
+            ids = torch.cat([batch["prompt_ids"][i, 7 - prompt :], batch["completion_ids"][i, :completion]])
+            alone = model.eval()(ids[None]).logits[0].log_softmax(-1)[prompt - 1 : -1]
+            alone = alone.gather(1, ids[prompt:, None])[:, 0]
+            torch.testing.assert_close(together[i, :completion], alone, atol=1e-5, rtol=1e-4)
+
+
+def partitions(rows):
+    """All ways to put a list into groups that follow each other."""
+    if not rows:
+        return [[]]
+    return [[rows[:n], *rest] for n in range(1, len(rows) + 1) for rest in partitions(rows[n:])]
+
+
+@pytest.mark.parametrize("cost", [0, 1, 7, 1000])
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 9, 2, 8, 3, 7], [40, 1, 1, 0, 39, 20, 21, 1], []])
+def test_groups_of_like_length_cost_the_least_that_groups_can(lengths, cost):
+    groups = of_like_length(lengths, cost)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(group == sorted(group) for group in groups)
+    assert [max(lengths[i] for i in group) for group in groups] == sorted(
+        (max(lengths[i] for i in group) for group in groups), reverse=True
+    )
+
+    def total(groups):
+        return sum(max(lengths[i] for i in group) * len(group) + cost for group in groups)
+
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    assert total(groups) == min(map(total, partitions(longest_first)))
+    if cost == 1000 and lengths:
+        assert len(groups) == 1
+    if cost == 0:
+        assert total(groups) == sum(lengths)
+
+
 def dealt_from(lengths, has_feedback, size):
     batch = padded(lengths)
     batch |= {"teacher_prompt_mask": batch["prompt_mask"], "scale": torch.tensor(3.0)}
@@ -102,12 +147,12 @@ def test_dealing_spreads_the_rows_with_feedback_evenly():
         assert all(len(d["row"]) == 2 for d in dealt)
 
 
-def mixed(trainer, seed=0):
+def mixed(trainer, longest):
     """Rollouts of mixed lengths, the same for every trainer."""
 
     def sample(prompt_ids, images, fields, num_generations):
-        generator = torch.Generator().manual_seed(seed + trainer._step)
-        lengths = torch.randint(1, 40, (len(prompt_ids),), generator=generator).tolist()
+        generator = torch.Generator().manual_seed(trainer._step)
+        lengths = torch.randint(1, longest, (len(prompt_ids),), generator=generator).tolist()
         return [torch.randint(4, 90, (n,), generator=generator).tolist() for n in lengths], None
 
     trainer._generate_single_turn = sample
@@ -117,11 +162,11 @@ def half_feedback(answer, completion_ids, **kwargs):
     return ["x" * (1 + sum(ids) % 10) if sum(ids) % 3 else None for ids in completion_ids]
 
 
-def build(tmp_path, **changes):
-    values = {"feedback_fn": half_feedback, "max_completion_length": 40, "optim": "sgd", "max_grad_norm": 0.0}
+def build(tmp_path, longest=40, **changes):
+    values = {"feedback_fn": half_feedback, "max_completion_length": longest, "optim": "sgd", "max_grad_norm": 0.0}
     values |= {"per_device_train_batch_size": 8, "num_generations": 8, "learning_rate": 0.1, "max_steps": 2}
     trainer = tiny.trainer(tmp_path, **(values | changes))
-    mixed(trainer)
+    mixed(trainer, longest)
     return trainer
 
 
@@ -168,6 +213,58 @@ def test_rows_change_their_micro_batch_within_an_optimizer_step_alone(tmp_path):
         assert max(counts) - min(counts) <= 1
 
 
+@pytest.fixture
+def unlike(tmp_path):
+    """A trainer with a micro-batch of rows of which some are much longer than others."""
+    trainer = build(tmp_path, max_steps=1, method="sdpo", per_device_train_batch_size=16)
+    trainer.train()
+    return trainer, trainer._buffered_inputs[0]
+
+
+def passes(trainer, batch):
+    """Rows of each pass of the network that an M-step makes, its loss and its gradients."""
+    network, sizes = causal_lm(trainer.model).base_model, []
+    forward = type(network).forward
+    network.forward = lambda input_ids, *a, **k: (sizes.append(len(input_ids)), forward(network, input_ids, *a, **k))[
+        1
+    ]
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.zero_grad()
+    loss = trainer.m_step.loss(trainer.model, batch)
+    loss.backward()
+    del network.forward
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return sizes, loss.item(), gradients
+
+
+def test_rows_of_unlike_length_go_through_the_network_apart_and_nothing_else_changes(unlike, monkeypatch):
+    trainer, batch = unlike
+    sizes, loss, gradients = passes(trainer, batch)
+    logps = trainer.scorer.frozen_logps(batch, teacher=True)
+    monkeypatch.setattr(scoring, "CPU_PASS_COST", 10**6)
+    together, expected, of_one = passes(trainer, batch)
+    rows = int(batch["has_feedback"].sum())
+    assert together == [rows] * 2, "teacher and student"
+    assert len(sizes) > 2
+    assert sum(sizes) == 2 * rows
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in of_one.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(logps, trainer.scorer.frozen_logps(batch, teacher=True), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reason", ["gathers", "reentrant"])
+def test_rows_stay_together_where_a_forward_pass_must_go_through_the_network_once(unlike, reason):
+    trainer, batch = unlike
+    if reason == "gathers":
+        trainer.engine.gathers_weights = True
+    else:
+        trainer.args.gradient_checkpointing = True
+        trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+    del trainer.scorer.__dict__["_keeps_rows_together"]
+    assert len(passes(trainer, batch)[0]) == 2
+
+
 @pytest.mark.parametrize("method", ["joint_loss", "advantage_reshaping"])
 def test_rows_stay_where_they_are_with_a_loss_that_is_no_plain_sum(tmp_path, monkeypatch, method):
     seen = []
@@ -200,9 +297,11 @@ def counted(trainer):
     return counts
 
 
-def test_nearly_every_token_that_enters_a_forward_pass_counts(tmp_path):
-    """128 rollouts of 1 to 39 tokens in micro-batches of 8: this is the count that waste would raise."""
-    trainer = build(tmp_path, gradient_accumulation_steps=16, max_steps=1, e_step_frequency=1)
+@pytest.mark.parametrize(("micro_batches", "longest"), [(16, 40), (2, 160)])
+def test_nearly_every_token_that_enters_a_forward_pass_counts(tmp_path, micro_batches, longest):
+    """Rollouts of mixed length in micro-batches of 8: this is the count that waste would raise."""
+    changes = {"gradient_accumulation_steps": micro_batches, "max_steps": 1, "e_step_frequency": 1}
+    trainer = build(tmp_path, longest, **changes)
     counts = counted(trainer)
     rows = concatenated(trainer._buffered_inputs)
     feedback = rows["has_feedback"]

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from tests import matrix, tiny
 from vpd_trl import checks
-from vpd_trl.engines import DeepSpeedEngine, Engine, FSDP2Engine, ZeRO3Engine, make_engine
+from vpd_trl.engines import DeepSpeedEngine, Engine, FSDP1Engine, FSDP2Engine, ZeRO3Engine, make_engine
 from vpd_trl.teacher import SharedTeacher, WeightSnapshot
 
 
@@ -166,7 +166,7 @@ def test_under_fsdp2_log_probabilities_are_not_rounded_to_half_precision():
     ("deepspeed", "zero3", "fsdp", "kind"),
     [
         (False, False, None, Engine),
-        (False, False, 1, Engine),
+        (False, False, 1, FSDP1Engine),
         (False, False, 2, FSDP2Engine),
         (True, False, None, DeepSpeedEngine),
         (True, True, None, ZeRO3Engine),
@@ -185,7 +185,7 @@ def test_the_engine_is_the_one_that_accelerate_was_configured_for(deepspeed, zer
 class HalfOfEach(Engine):
     """Holds the first half of each weight, as one of two processes would."""
 
-    shards_weights = True
+    shards_weights = gathers_weights = True
 
     def __init__(self, trainer=None):
         super().__init__(trainer)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 class Engine:
     """
-    One process, or several that each hold the whole network (DDP), or FSDP's first version.
+    One process, or several that each hold the whole network (DDP).
 
     Args:
         trainer: The trainer, with its model and accelerator, maybe before they are prepared for training.
@@ -32,6 +32,9 @@ class Engine:
 
     # Whether a process holds only a part of each weight, from the start of training
     shards_weights = False
+
+    # Whether a forward pass waits for all other processes, so that they must make equally many
+    gathers_weights = False
 
     def __init__(self, trainer: VPDTrainer) -> None:
         self.trainer = trainer
@@ -95,10 +98,16 @@ class Engine:
         return weight.detach()
 
 
+class FSDP1Engine(Engine):
+    """FSDP's first version: weights are split, but no copies are made of them."""
+
+    gathers_weights = True
+
+
 class FSDP2Engine(Engine):
     """PyTorch's `fully_shard`: weights are distributed tensors, and whole only while their modules run."""
 
-    shards_weights = True
+    shards_weights = gathers_weights = True
 
     def __init__(self, trainer: VPDTrainer) -> None:
         super().__init__(trainer)
@@ -179,7 +188,7 @@ class DeepSpeedEngine(Engine):
 class ZeRO3Engine(DeepSpeedEngine):
     """DeepSpeed ZeRO-3: weights are empty but while their modules run; each process holds a slice of them, flat."""
 
-    shards_weights = True
+    shards_weights = gathers_weights = True
 
     def kept(self, weight: Any) -> torch.Tensor:
         copy: Any = weight.detach().clone()
@@ -212,4 +221,4 @@ def make_engine(trainer: VPDTrainer) -> Engine:
         return ZeRO3Engine(trainer) if trainer._dist.is_zero3 else DeepSpeedEngine(trainer)
     if trainer._dist.fsdp_version == 2:
         return FSDP2Engine(trainer)
-    return Engine(trainer)
+    return FSDP1Engine(trainer) if trainer._dist.fsdp_version == 1 else Engine(trainer)

@@ -14,6 +14,25 @@ if TYPE_CHECKING:
     from .trainer import VPDTrainer
 
 
+# About as many tokens take as long as a pass of the network takes for itself: to read the weights, and to begin at all
+CPU_PASS_COST = 16
+GPU_PASS_COST = 256
+
+
+def up_to_targets(attention_mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    The tokens (B, L), boolean, of padded rows up to the last target of each; none of a row without a target.
+
+    Args:
+        attention_mask: (B, L), 1 on tokens.
+        targets: (B, L) boolean, tokens that are predicted from those before them; never the first of a row.
+    """
+    length = targets.size(1)
+    end = length - targets.flip(1).to(torch.uint8).argmax(dim=1)  # one behind the last target
+    end = torch.where(targets.any(dim=1), end, 0).unsqueeze(1)
+    return attention_mask.bool() & (torch.arange(length, device=targets.device) < end)
+
+
 def compact(
     attention_mask: torch.Tensor, targets: torch.Tensor, *, whole: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,18 +43,14 @@ def compact(
     so is the last target itself, which nothing is predicted from. Of a row without a target one token stays.
 
     Args:
-        attention_mask: (B, L), 1 on tokens.
-        targets: (B, L) boolean, tokens that are predicted from those before them; never the first of a row.
+        attention_mask, targets: (B, L), as in `up_to_targets`.
         whole: Leave nothing out.
 
     Returns:
         The columns (B, W) that the network's input takes its tokens from; its attention mask (B, W); and boolean, where
         in it stands what predicts a target (B, W), in the order of the targets.
     """
-    length = targets.size(1)
-    end = length - targets.flip(1).to(torch.uint8).argmax(dim=1)  # one behind the last target
-    end = torch.where(targets.any(dim=1), end, 0).unsqueeze(1)
-    needed = attention_mask.bool() & (whole | (torch.arange(length, device=targets.device) < end))
+    needed = attention_mask.bool() if whole else up_to_targets(attention_mask, targets)
     width = max(int(needed.sum(dim=1).max()), 2)
     # A stable sort keeps the order of what is needed, and puts it last
     order = needed.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
@@ -46,6 +61,28 @@ def compact(
     attended = kept.clone()
     attended[:, -1] |= ~attended.any(dim=1)  # attention to nothing at all is not a number
     return order, attended.to(attention_mask.dtype), predicts
+
+
+def of_like_length(lengths: Sequence[int], cost: int) -> list[list[int]]:
+    """
+    Rows in groups, the longest first, that together take the fewest tokens when each is padded to its longest row.
+
+    Args:
+        lengths: Of the rows.
+        cost: What a group costs beside its tokens, in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    # The least cost of the first n rows, and where their last group begins
+    best, begins = [0], [0]
+    for end in range(1, len(order) + 1):
+        costs = [best[start] + lengths[order[start]] * (end - start) + cost for start in range(end)]
+        begins.append(min(range(end), key=costs.__getitem__))
+        best.append(costs[begins[-1]])
+    groups, end = [], len(order)
+    while end:
+        groups.append(sorted(order[begins[end] : end]))
+        end = begins[end]
+    return groups[::-1]
 
 
 def row_lengths(batch: Batch, *, teacher: bool) -> torch.Tensor:

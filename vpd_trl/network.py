@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,8 +34,19 @@ def hidden_states(
         **images: What a vision-language model takes beside these.
     """
     # `base_model` of a transformers model is what stands before the head
+    network = causal_lm(model).base_model
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
-    return causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
+    if _takes_positions(type(network).forward):  # as generation counts: without them padding would move a row's tokens
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return network(**inputs, use_cache=False).last_hidden_state
+
+
+@cache
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    """Whether positions are numbers in a row; those of vision-language models may be places in images."""
+    # Names of inputs that are images stand in the signatures of these models alone
+    names = inspect.signature(forward).parameters
+    return "position_ids" in names and "pixel_values" not in names
 
 
 def head_of(model: Any, *, temperature: float, float32: bool = False) -> Head:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from trl.models.utils import _ForwardRedirection
 
 from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of, rows_of
 from .distillation import Comparison, Distillation, distill
-from .lengths import compact
+from .lengths import CPU_PASS_COST, GPU_PASS_COST, compact, of_like_length, up_to_targets
 from .losses import Head, importance_ratio, sequence_log_ratio
 from .network import at_head, has_dropout, hidden_states, scoring_mode
 
@@ -65,7 +66,7 @@ class Scorer:
     def rows_to_score(self, batch: Batch) -> torch.Tensor:
         """The rows of a batch that have to be scored: those with feedback, or all where processes go through together."""
         has_feedback = batch["has_feedback"]
-        if self.trainer.engine.shards_weights:  # equally many passes on all processes, which gather weights together
+        if self.trainer.engine.gathers_weights:  # equally many passes on all processes
             return torch.arange(len(has_feedback), device=has_feedback.device)
         return has_feedback.nonzero().squeeze(-1)
 
@@ -131,7 +132,40 @@ class Scorer:
         return sequence_log_ratio(teacher_logps, prior_logps, mask, reduction=self.args.log_ratio_reduction)
 
     def _hidden(self, model: Any, batch: Batch, mask: torch.Tensor, *, teacher: bool) -> torch.Tensor:
-        """Hidden states (n, H) that predict the n completion tokens of `mask` (B, T)."""
+        """
+        Hidden states (n, H) that predict the n completion tokens of `mask` (B, T).
+
+        Rows of unlike length go through the network apart, where that saves more padding than a pass costs.
+        """
+        groups = self._groups(batch, mask, teacher=teacher)
+        if len(groups) < 2:
+            return self._hidden_together(model, batch, mask, teacher=teacher)
+        row = mask.nonzero()[:, 0]  # of each of the n tokens
+        found, places = [], []
+        for rows in groups:
+            found.append(self._hidden_together(model, rows_of(batch, rows), mask[rows], teacher=teacher))
+            places.append(torch.isin(row, rows).nonzero()[:, 0])
+        return torch.cat(found)[torch.cat(places).argsort()]
+
+    def _groups(self, batch: Batch, mask: torch.Tensor, *, teacher: bool) -> list[torch.Tensor]:
+        """Rows that go through the network together."""
+        if len(mask) == 1 or self._keeps_rows_together or "pixel_values" in batch:
+            return []
+        prompt, completion = batch["teacher_prompt_mask" if teacher else "prompt_mask"], batch["completion_mask"]
+        lengths = (prompt.sum(1) + up_to_targets(completion, mask).sum(1)) * mask.any(1)
+        cost = CPU_PASS_COST if mask.device.type == "cpu" else GPU_PASS_COST
+        return [torch.tensor(group, device=mask.device) for group in of_like_length(lengths.tolist(), cost)]
+
+    @cached_property
+    def _keeps_rows_together(self) -> bool:
+        """Whether one forward pass must go through the network once."""
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        # Recomputing starts backward passes of its own then, in each of which DDP takes gradients to be whole
+        recomputes = self.args.gradient_checkpointing and reentrant
+        return self.trainer.engine.gathers_weights or bool(recomputes)
+
+    def _hidden_together(self, model: Any, batch: Batch, mask: torch.Tensor, *, teacher: bool) -> torch.Tensor:
+        """`_hidden` of rows that are padded to the longest of them."""
         prefix = "teacher_prompt" if teacher else "prompt"
         input_ids = torch.cat([batch[f"{prefix}_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch[f"{prefix}_mask"], batch["completion_mask"]], dim=1)
