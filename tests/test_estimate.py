@@ -291,14 +291,14 @@ def test_a_cache_with_a_sliding_window_does_not_grow_beyond_it():
 def test_trl_scores_rollouts_where_its_loss_or_a_late_step_needs_it(tmp_path, method):
     plan = plan_of(make(tmp_path, method=method))
     policy_gradient = method not in ("vpd", "sdpo")
-    assert not plan.trl_scores
-    assert plan.with_config(use_vllm=True).trl_scores == policy_gradient
-    assert not plan.with_config(use_vllm=True, vllm_importance_sampling_correction=False).trl_scores
+    assert not plan.config.trl_scores_rollouts
+    assert plan.with_config(use_vllm=True).config.trl_scores_rollouts == policy_gradient
+    assert not plan.with_config(use_vllm=True, vllm_importance_sampling_correction=False).config.trl_scores_rollouts
     for late in ({"steps_per_generation": 4}, {"num_iterations": 2}, {"steps_per_generation": 3}):
-        assert plan.with_config(**late).trl_scores == policy_gradient
-        assert plan.with_config(**late, use_vllm=True).trl_scores == policy_gradient
+        assert plan.with_config(**late).config.trl_scores_rollouts == policy_gradient
+        assert plan.with_config(**late, use_vllm=True).config.trl_scores_rollouts == policy_gradient
     if method == "joint_loss":
-        assert not plan.with_config(use_vllm=True, joint_rl_weight=0.0).trl_scores
+        assert not plan.with_config(use_vllm=True, joint_rl_weight=0.0).config.trl_scores_rollouts
 
 
 def test_float32_is_computed_at_its_own_peak(tmp_path):
@@ -423,12 +423,14 @@ def test_a_reference_model_takes_memory_whatever_the_method_and_work_for_a_polic
     assert with_reference.flops["reference model"] > 0
 
 
-def test_an_adapter_with_dropout_has_its_prior_scored_although_importance_ratios_had_rollouts_scored(tmp_path):
-    made = make(tmp_path, adapter=True, m_step_importance_clip=2.0)
-    plan = plan_of(made)
-    assert "E-step: prior" not in estimate(plan).flops
-    plan.adapter.lora_dropout = 0.05
+def test_what_importance_ratios_had_scored_is_the_prior_too(tmp_path):
+    plan = plan_of(make(tmp_path))
     assert "E-step: prior" in estimate(plan).flops
+    weighed = estimate(plan.with_config(m_step_importance_clip=2.0)).flops
+    assert "E-step: prior" not in weighed
+    assert weighed["M-step: importance ratios"] > 0
+    fixed = plan.with_config(m_step_importance_clip=2.0, prior="fixed")
+    assert "E-step: prior" in estimate(fixed).flops
 
 
 def test_a_smaller_share_of_feedback_costs_less_and_generation_nothing_less(tmp_path):

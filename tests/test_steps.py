@@ -435,23 +435,27 @@ def test_an_e_step_holds_no_more_tokens_at_a_time_than_an_m_step(tmp_path):
         max_completion_length=40,
         max_steps=2,
     )
-    held = {"e": [], "m": []}
+    held = {"e": [], "m": []}  # tokens that go through the network between two backward passes
     phase = ["m"]
     forward, run = trainer.model.model.forward, trainer.e_step.run
+    loss, backward = trainer.m_step.loss, trainer.teacher.backward
 
     def spy(*args, input_ids=None, **kwargs):
         if torch.is_grad_enabled():
-            held[phase[0]].append(input_ids.numel())
+            held[phase[0]][-1] += input_ids.numel()
         return forward(*args, input_ids=input_ids, **kwargs)
 
     def run_in_phase(batches, **kwargs):
         phase[0] = "e"
+        held["e"].append(0)
         try:
             return run(batches, **kwargs)
         finally:
             phase[0] = "m"
 
     trainer.model.model.forward, trainer.e_step.run = spy, run_in_phase
+    trainer.m_step.loss = lambda *args: (held["m"].append(0), loss(*args))[1]
+    trainer.teacher.backward = lambda loss: (held["e"].append(0), backward(loss))[1]
     trainer.train()
     assert len(held["e"]) > 2
     assert max(held["e"]) <= max(held["m"])

@@ -15,6 +15,7 @@ from vpd_trl import VPDTrainer
 
 
 HOOKS = [
+    (GRPOTrainer._generate, "self prompts"),
     (GRPOTrainer._calculate_rewards, "self inputs prompts completions completion_ids_list"),
     (GRPOTrainer._generate_and_score_completions, "self inputs"),
     (GRPOTrainer._prepare_inputs, "self generation_batch"),

@@ -55,7 +55,7 @@ class AdvantageShaper:
         scorer, mask = self.trainer.scorer, loss_mask(batch) * batch["has_feedback"].unsqueeze(-1)
         log_ratio = torch.zeros(mask.shape, device=mask.device)
         rows = scorer.rows_to_score(batch)
-        student_logps = scorer.known_logps(batch)
+        student_logps = scorer.sampling_logps(batch)
         if len(rows):
             with self.trainer.teacher.target_context():
                 teacher_logps = scorer.frozen_logps(rows_of(batch, rows), teacher=True)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 
+from .ahead import ScoringAhead
+from .batch import Batch
 from .checks import context_length
 from .feedback.base import Feedback, Generated, Rollout
 from .feedback.collect import FeedbackCollector, group_siblings
@@ -48,7 +50,9 @@ class Annotator:
         self.trainer = trainer
         self.collector = collector
         self.special_tokens = SpecialTokens(trainer._tokenizer)
-        self._generating = threading.Lock()  # async feedback functions run on a thread of their own
+        self.generating = threading.Lock()  # async feedback functions run on a thread of their own
+        self.ahead = ScoringAhead(trainer)
+        self._annotation: Annotation | None = None
 
     def __call__(
         self,
@@ -57,9 +61,9 @@ class Annotator:
         completions: list,
         completion_ids: list[list[int]],
         rewards_per_func: torch.Tensor,
-    ) -> Annotation:
+    ) -> None:
         """
-        Annotate the N rollouts of this process.
+        Annotate the N rollouts of this process; `put_into` puts it into their batch.
 
         Args:
             inputs: The data set's rows, one per rollout.
@@ -84,6 +88,7 @@ class Annotator:
             self.collector.check_columns(list(columns))
             feedback = self.collector(
                 n,
+                self.ahead,
                 prompts=prompts,
                 completions=completions,
                 rewards=rewards,
@@ -101,7 +106,20 @@ class Annotator:
             )
         table = ["\n\n".join(filter(None, (f.solution, f.critique))) or None for f in feedback]
         trainer._log_completion_extra("feedback", table)
-        return Annotation(prompts, feedback, torch.where(scored, success.long(), -1))
+        self._annotation = Annotation(prompts, feedback, torch.where(scored, success.long(), -1))
+
+    def put_into(self, batch: Batch) -> None:
+        """Put what the rollouts were annotated with into their batch, and what the method makes of it."""
+        trainer, annotation = self.trainer, self._annotation
+        assert annotation is not None
+        self._annotation = None
+        batch |= trainer.teacher_inputs(annotation.prompts, annotation.feedback, batch)
+        batch["outcome"] = annotation.outcome
+        self.ahead.put_into(batch)
+        if trainer.args.weighs_importance:
+            trainer.scorer.keep_sampling_logps(batch)
+        if trainer.parts.shapes_advantages:
+            batch["advantages"] = trainer.shape_advantages(batch)
 
     def generate(self, prompts: list) -> list[Generated]:
         """
@@ -116,7 +134,7 @@ class Annotator:
         """
         if len({isinstance(prompt, str) for prompt in prompts}) > 1:
             raise TypeError("generate() takes prompts of one form: all strings, or all conversations.")
-        with self._generating:
+        with self.generating:
             return self._generate(prompts)
 
     def _generate(self, prompts: list) -> list[Generated]:

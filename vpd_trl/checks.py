@@ -191,7 +191,7 @@ def check_model(trainer: VPDTrainer) -> None:
             f"distillation_top_k ({args.distillation_top_k}) is above the size of the vocabulary ({vocabulary}); "
             "use None for the full vocabulary."
         )
-    if trainer.aux_loss_enabled and not trainer.rl_weight:
+    if trainer.aux_loss_enabled and not trainer.args.rl_weight:
         logger.warning(
             f"method={args.method!r} does not add the load-balancing loss of this mixture-of-experts model "
             "(router_aux_loss_coef) to its steps."

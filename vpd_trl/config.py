@@ -224,6 +224,30 @@ class VPDConfig(GRPOConfig):
         return METHODS[self.method]
 
     @property
+    def rl_weight(self) -> float:
+        """Weight of GRPO's loss in the student's."""
+        return self.joint_rl_weight if self.method == "joint_loss" else float(self.parts.policy_gradient)
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the M-step's loss in the student's."""
+        return self.joint_kl_weight if self.method == "joint_loss" else float(self.parts.distills)
+
+    @property
+    def weighs_importance(self) -> bool:
+        """Whether the M-step has importance ratios."""
+        return bool(self.kl_weight) and self.m_step_importance_clip is not None
+
+    @property
+    def trl_scores_rollouts(self) -> bool:
+        """Whether TRL computes log-probabilities of rollouts before training on them, for its loss."""
+        if not self.rl_weight:
+            return False
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            return True
+        return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) != 0
+
+    @property
     def target_temperature(self) -> float:
         """`teacher_temperature`, or its default for this teacher."""
         if self.teacher_temperature is not None:

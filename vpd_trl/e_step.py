@@ -12,7 +12,6 @@ from .batch import Batch, concatenated, loss_mask, rows_of
 from .lengths import row_lengths, within_budget
 from .losses import bco_loss
 from .metrics import Means
-from .network import has_dropout
 
 
 if TYPE_CHECKING:
@@ -99,12 +98,10 @@ class EStep:
 
         # Both frozen at the start: the prior for the whole E-step (appendix A.4), the teacher for the first shift
         logps = self.trainer.scorer.frozen_logps
-        reuse = fresh and self.trainer.prior.is_student and not has_dropout(self.trainer.model)
+        reuse = fresh and self.trainer.prior.is_student
         with self.trainer.prior.context():
             for u in possible:
-                # For importance ratios the rollouts have been scored already
-                known = [batch.get("m_step_old_logps") if reuse else None for batch in u.micro_batches]
-                u.priors = [logps(b) if old is None else old for b, old in zip(u.micro_batches, known, strict=True)]
+                u.priors = [self._student_logps(b) if reuse else logps(b) for b in u.micro_batches]
         with self.trainer.teacher.training_context():
             for u in possible:
                 pairs = zip(u.micro_batches, u.priors, strict=True)
@@ -172,6 +169,11 @@ class EStep:
         trainer._record("e_step/reward_margin", positive - negative)
         trainer._record("e_step/reward_shift", shift)
         trainer._record("e_step/grad_norm", grad_norm)
+
+    def _student_logps(self, batch: Batch) -> torch.Tensor:
+        """Log-probabilities (b, T) of a piece under the student that sampled it, known or not."""
+        every_row = torch.arange(len(batch["eligible"]), device=batch["eligible"].device)
+        return self.trainer.scorer.student_logps(batch, every_row)
 
     def _class_counts(self, rows: Batch) -> tuple[int, int]:
         """Numbers of eligible successes and failures, over all processes."""

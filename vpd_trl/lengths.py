@@ -98,7 +98,7 @@ def by_length_within_steps(trainer: VPDTrainer, micro_batches: list[Batch]) -> l
     GRPO's loss is not only a sum over micro-batches, so with it they stay as they are.
     """
     window = trainer.args.gradient_accumulation_steps
-    if trainer.rl_weight:
+    if trainer.args.rl_weight:
         return micro_batches
     if window % len(micro_batches) == 0:
         return by_length(micro_batches)

@@ -70,20 +70,39 @@ class Scorer:
             return torch.arange(len(has_feedback), device=has_feedback.device)
         return has_feedback.nonzero().squeeze(-1)
 
-    def known_logps(self, batch: Batch) -> torch.Tensor:
+    def student_logps(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         """
-        The student's `frozen_logps` of rollouts that have just been sampled, 0 for those without feedback.
+        The student's `frozen_logps` (B, T) of some rows, by number (n,); of others what is known, or 0.
 
-        Those that TRL has computed, if it has: it does where a step may train on older rollouts.
+        Those that the batch has ("student_logps" where "is_scored") are not computed again. They are of the weights
+        that sampled the rollouts.
+        """
+        if "student_logps" in batch:
+            logps, rows = batch["student_logps"], rows[~batch["is_scored"][rows]]
+        else:
+            logps = torch.zeros(batch["completion_ids"].shape, device=rows.device)
+        if len(rows):
+            logps = logps.clone()
+            logps[rows] = self.frozen_logps(rows_of(batch, rows)).to(logps.dtype)
+        return logps
+
+    def sampling_logps(self, batch: Batch) -> torch.Tensor:
+        """
+        The student's `frozen_logps` of rollouts that have just been sampled, of those with feedback at least.
+
+        Those that TRL has computed, if it has.
         """
         old_logps = batch.get("old_per_token_logps")
         if old_logps is not None and not has_dropout(self.trainer.model):
             return old_logps
-        rows = self.rows_to_score(batch)
-        logps = torch.zeros(batch["completion_ids"].shape, device=rows.device)
-        if len(rows):
-            logps[rows] = self.frozen_logps(rows_of(batch, rows)).to(logps.dtype)
-        return logps
+        return self.student_logps(batch, self.rows_to_score(batch))
+
+    def keep_sampling_logps(self, batch: Batch) -> None:
+        """Put `sampling_logps` into a batch. Not under TRL's name for them: GRPO's loss would take them too."""
+        batch["student_logps"] = self.sampling_logps(batch)
+        scored = torch.zeros_like(batch["has_feedback"])
+        scored[self.rows_to_score(batch)] = True
+        batch["is_scored"] = scored
 
     def distill(self, model: Any, batch: Batch, mask: torch.Tensor) -> Distillation:
         """The M-step's loss on the n tokens of `mask` (B, T), with its importance weights where it has any."""
@@ -97,7 +116,7 @@ class Scorer:
                 # Rounded as those at sampling were: what `distill` finds is closer to the truth, and so not to them
                 with torch.no_grad():
                     logps = head.token_logps(hidden, tokens)
-                weights = importance_ratio(logps, batch["m_step_old_logps"][mask], clip=clip)
+                weights = importance_ratio(logps, batch["student_logps"][mask], clip=clip)
             # A plain tuple: engines take apart what a forward pass returns
             return tuple(distill(hidden, target, head, teacher_head or head, tokens, self.compare, weights=weights))
 

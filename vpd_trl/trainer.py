@@ -18,7 +18,7 @@ from trl.trainer.utils import get_config_model_id
 
 from . import card, checkpoints, checks, hub, state
 from .advantages import AdvantageShaper
-from .annotate import Annotation, Annotator
+from .annotate import Annotator
 from .batch import Batch
 from .callbacks import OptimizerSteps
 from .config import VPDConfig
@@ -96,7 +96,8 @@ class VPDTrainer(GRPOTrainer):
     """
 
     # Hooks of TRL and transformers that this class overrides; tests/test_trl_contract.py holds them to their form:
-    #   _calculate_rewards, _generate_and_score_completions   the rollouts' feedback
+    #   _generate, _calculate_rewards,
+    #   _generate_and_score_completions                        the rollouts' feedback
     #   get_batch_samples, _prepare_inputs                     when rollouts are collected
     #   _compute_loss, training_step                           the M-step
     #   _get_per_token_logps_and_entropies                     what only a policy gradient needs
@@ -176,7 +177,6 @@ class VPDTrainer(GRPOTrainer):
         self._finished_rollout_batches = 0
         self._collected_step = -1  # value of `_step` for which rollouts have been collected
         self._window: list[Any] = []
-        self._annotation: Annotation | None = None
         self._pending_e_step: list[Batch] | None = None
         self._train_sampler: Any = None
         self._rollout_start = self._m_step_time = 0.0
@@ -187,11 +187,8 @@ class VPDTrainer(GRPOTrainer):
         self.add_callback(CompletionsTable(self))
 
     def _init_distillation(self, teacher_peft_config: PeftConfig | None) -> None:
-        args, joint = self.args, self.args.method == "joint_loss"
-        self.rl_weight = args.joint_rl_weight if joint else float(self.parts.policy_gradient)
-        self.kl_weight = args.joint_kl_weight if joint else float(self.parts.distills)
         checks.check_model(self)
-        if not self.rl_weight:  # it corrects GRPO's loss alone, and takes a forward pass over all rollouts
+        if not self.args.rl_weight:  # it corrects GRPO's loss alone, and takes a forward pass over all rollouts
             self.vllm_importance_sampling_correction = False
         self.engine = make_engine(self)
         self.teacher = make_teacher(self, teacher_peft_config)
@@ -235,6 +232,11 @@ class VPDTrainer(GRPOTrainer):
         self.m_step.log()
 
     @property
+    def e_step_is_due(self) -> bool:
+        """Whether the rollout batch that is collected now is one for an E-step."""
+        return self.rollout_batches % self.args.e_step_frequency == 0
+
+    @property
     def _generate_every(self) -> int:
         """Micro-batches that are trained on between two rollout batches."""
         return self.args.steps_per_generation * self.num_iterations
@@ -257,7 +259,7 @@ class VPDTrainer(GRPOTrainer):
             if self._buffered_inputs is not before:
                 self._collected_step = self._step
                 self._buffered_inputs = by_length_within_steps(self, self._buffered_inputs)
-                if self.parts.refines_teacher and self.rollout_batches % self.args.e_step_frequency == 0:
+                if self.parts.refines_teacher and self.e_step_is_due:
                     self._pending_e_step = self._buffered_inputs
                 self.rollout_batches += 1
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -274,16 +276,14 @@ class VPDTrainer(GRPOTrainer):
             check_images(inputs, alone=self.accelerator.num_processes == 1)
         self._rollout_start = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)
-        assert self._annotation is not None
-        annotation, self._annotation = self._annotation, None
-        batch.update(self.teacher_inputs(annotation.prompts, annotation.feedback, batch))
-        batch["outcome"] = annotation.outcome
-        if self.kl_weight and self.args.m_step_importance_clip is not None:
-            # Under a name of its own: GRPO's loss would take it too
-            batch["m_step_old_logps"] = self.scorer.known_logps(batch)
-        if self.parts.shapes_advantages:
-            batch["advantages"] = self.shape_advantages(batch)
+        self.annotator.put_into(batch)
         return batch
+
+    def _generate(self, prompts: list) -> Any:
+        generated = super()._generate(prompts)
+        if self.parts.uses_feedback and self.model.training:
+            self.annotator.ahead.generated(*generated[:3])
+        return generated
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -297,13 +297,13 @@ class VPDTrainer(GRPOTrainer):
             self._log_completion_extra("feedback", [None] * len(prompts))
         elif self.parts.uses_feedback:
             start = time.perf_counter()
-            self._annotation = self.annotator(inputs, prompts, completions, completion_ids_list, rewards_per_func)
+            self.annotator(inputs, prompts, completions, completion_ids_list, rewards_per_func)
             self._record("time/feedback", time.perf_counter() - start)
         return rewards_per_func
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         # TRL asks for those of all rollouts where a step may train on older ones, and of its reference model
-        if self.parts.uses_feedback and self.model.training and not self.rl_weight:
+        if self.parts.uses_feedback and self.model.training and not self.args.rl_weight:
             return None, None, None
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
@@ -319,10 +319,10 @@ class VPDTrainer(GRPOTrainer):
         if not (self.parts.uses_feedback and self.model.training):
             return super()._compute_loss(model, inputs)
         terms = []
-        if self.rl_weight:
-            terms.append(self.rl_weight * super()._compute_loss(model, inputs))
-        if self.kl_weight:
-            terms.append(self.kl_weight * self.m_step.loss(model, inputs))
+        if self.args.rl_weight:
+            terms.append(self.args.rl_weight * super()._compute_loss(model, inputs))
+        if self.args.kl_weight:
+            terms.append(self.args.kl_weight * self.m_step.loss(model, inputs))
         return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
     # ---- Evaluation

@@ -90,7 +90,7 @@ def phases(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, floa
     awake = 0.0 if config.vllm_enable_sleep_mode else reserved
 
     # With both losses the graph of GRPO's is there while the other's is made
-    joint = plan.policy_gradient and plan.distills
+    joint = bool(config.rl_weight and config.kl_weight)
     held = student.held(rows, prompt, longest) if joint else 0
     if config.parts.uses_feedback:
         swapped = _swapped(plan, student, itemsize=4) if config.teacher == "ema" else 0.0
@@ -99,7 +99,7 @@ def phases(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, floa
             needed += [teacher.scores(rows, told, longest).memory + swapped]
             needed += [student.scores(rows, prompt, longest).memory]
         found["teacher's targets"] = max(needed) + held + awake
-    if plan.distills:
+    if config.kl_weight:
         step = student.m_step(
             *(rows, prompt, longest),
             compare=Comparison.of(config),
@@ -108,7 +108,7 @@ def phases(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, floa
         )
         # The teacher's hidden states are among them
         found["M-step"] = step.memory + _head_copy(plan, student) + awake
-    if plan.policy_gradient and not joint:
+    if config.rl_weight and not joint:
         found["policy gradient"] = student.policy_gradient(rows, prompt, longest).memory + awake
     if config.parts.refines_teacher:
         together = max(rows * (prompt + longest - 1) // (told + longest - 1), 1)

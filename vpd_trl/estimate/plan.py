@@ -154,26 +154,6 @@ class Plan:
         """Rollouts of a batch on each GPU."""
         return self.config.per_device_train_batch_size * self.config.steps_per_generation
 
-    @property
-    def distills(self) -> bool:
-        joint = self.config.method == "joint_loss"
-        return self.config.parts.distills and not (joint and self.config.joint_kl_weight == 0)
-
-    @property
-    def policy_gradient(self) -> bool:
-        joint = self.config.method == "joint_loss"
-        return self.config.parts.policy_gradient and not (joint and self.config.joint_rl_weight == 0)
-
-    @property
-    def trl_scores(self) -> bool:
-        """Whether TRL computes log-probabilities of rollouts before training on them, for its loss."""
-        config = self.config
-        if not self.policy_gradient:
-            return False
-        if config.use_vllm and config.vllm_importance_sampling_correction:
-            return True
-        return config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) != 0
-
     def rehearsal(self, adapter: Any) -> Rehearsal:
         """The network, with or without an adapter, as the engine runs it."""
         # DDP computes float32 weights under autocast; the others hold or gather weights in the half precision itself

@@ -24,27 +24,27 @@ def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, 
     with_feedback = rollouts * plan.coverage
     # Where weights are split, all rollouts are scored, as processes take part in equally many passes
     scored = rollouts if plan.shards_weights else with_feedback
-    known = plan.trl_scores and not has_dropout(student.model)
+    known = config.trl_scores_rollouts and not has_dropout(student.model)
     scores = student.scores(1, prompt, mean).flops
     told_scores = teacher.scores(1, told, mean).flops if parts.shapes_advantages or parts.refines_teacher else 0
     found: dict[str, float] = {}
-    if plan.trl_scores:
+    if config.trl_scores_rollouts:
         found["TRL's log-probabilities"] = rollouts * scores
-    if config.beta != 0 and plan.policy_gradient:
+    if config.beta != 0 and config.rl_weight:
         found["reference model"] = rollouts * scores
     if parts.shapes_advantages:
         found["credit of tokens"] = scored * (told_scores + (0 if known else scores))
-    if plan.policy_gradient:
+    if config.rl_weight:
         step = student.policy_gradient(1, prompt, mean)
         found["policy gradient"] = rollouts * config.num_iterations * step.flops
-    if plan.distills:
-        importance = config.m_step_importance_clip is not None
+    if config.kl_weight:
+        importance = config.weighs_importance
         step = student.m_step(1, prompt, mean, compare=Comparison.of(config), importance=importance)
         found["M-step: student"] = with_feedback * config.num_iterations * step.flops
         found["M-step: teacher"] = with_feedback * config.num_iterations * teacher.target(1, told, mean).flops
         if importance and not known:
             found["M-step: importance ratios"] = scored * scores
-            known = not has_dropout(student.model)
+            known = True
     if parts.refines_teacher:
         share = with_feedback / config.e_step_frequency
         found["E-step: teacher"] = share * config.e_step_epochs * teacher.e_step(1, told, mean).flops

@@ -75,12 +75,15 @@ class FeedbackCollector:
                     f"have {', '.join(sorted(available - {'prompt'}))}."
                 )
 
-    def __call__(self, count: int, **kwargs: Any) -> list[Feedback]:
+    def __call__(
+        self, count: int, meanwhile: Callable[[Callable[[], bool]], None] | None = None, /, **kwargs: Any
+    ) -> list[Feedback]:
         """
         The merged feedback of `count` rollouts.
 
         Args:
             count: How many entries each function must return.
+            meanwhile: Called once nothing is left but to wait, with a function that says whether the wait is over.
             **kwargs: The keywords of [`FeedbackFn`].
 
         Raises:
@@ -101,6 +104,8 @@ class FeedbackCollector:
                         results[i] = call()
                 if inspect.isawaitable(results[i]):
                     running[i] = asyncio.run_coroutine_threadsafe(self._await(self.names[i], results[i]), self._loop())
+            if running and meanwhile is not None:
+                meanwhile(lambda: all(future.done() for future in running.values()))
             for i, future in running.items():
                 results[i] = future.result()
         except BaseException:
