@@ -6,6 +6,7 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests import tiny
+from tests.mixed_lengths import build, counted
 from vpd_trl import scoring
 from vpd_trl.batch import concatenated, loss_mask, rows_of
 from vpd_trl.lengths import by_length, compact, of_like_length, row_lengths, within_budget
@@ -147,29 +148,6 @@ def test_dealing_spreads_the_rows_with_feedback_evenly():
         assert all(len(d["row"]) == 2 for d in dealt)
 
 
-def mixed(trainer, longest):
-    """Rollouts of mixed lengths, the same for every trainer."""
-
-    def sample(prompt_ids, images, fields, num_generations):
-        generator = torch.Generator().manual_seed(trainer._step)
-        lengths = torch.randint(1, longest, (len(prompt_ids),), generator=generator).tolist()
-        return [torch.randint(4, 90, (n,), generator=generator).tolist() for n in lengths], None
-
-    trainer._generate_single_turn = sample
-
-
-def half_feedback(answer, completion_ids, **kwargs):
-    return ["x" * (1 + sum(ids) % 10) if sum(ids) % 3 else None for ids in completion_ids]
-
-
-def build(tmp_path, longest=40, **changes):
-    values = {"feedback_fn": half_feedback, "max_completion_length": longest, "optim": "sgd", "max_grad_norm": 0.0}
-    values |= {"per_device_train_batch_size": 8, "num_generations": 8, "learning_rate": 0.1, "max_steps": 2}
-    trainer = tiny.trainer(tmp_path, **(values | changes))
-    mixed(trainer, longest)
-    return trainer
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -271,30 +249,6 @@ def test_rows_stay_where_they_are_with_a_loss_that_is_no_plain_sum(tmp_path, mon
     monkeypatch.setattr("vpd_trl.lengths.by_length", lambda micro_batches: seen.append(1) or micro_batches)
     build(tmp_path, gradient_accumulation_steps=4, method=method).train()
     assert not seen
-
-
-def counted(trainer):
-    """Tokens that enter the network, those of them that are real, and rows, for each phase."""
-    counts = {}
-    network, phase = causal_lm(trainer.model).base_model, ["m_step"]
-    forward, run = network.forward, trainer.e_step.run
-
-    def spy(*args, input_ids=None, attention_mask=None, **kwargs):
-        entry = counts.setdefault(phase[0], [0, 0, 0])
-        for i, number in enumerate((input_ids.numel(), int(attention_mask.sum()), len(input_ids))):
-            entry[i] += number
-        return forward(*args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
-    def e_step(*args, **kwargs):
-        phase[0] = "e_step"
-        try:
-            return run(*args, **kwargs)
-        finally:
-            phase[0] = "m_step"
-
-    network.forward, trainer.e_step.run = spy, e_step
-    trainer.train()
-    return counts
 
 
 @pytest.mark.parametrize(("micro_batches", "longest"), [(16, 40), (2, 160)])

@@ -11,7 +11,8 @@ from tests import tiny
 from vpd_trl import m_step
 from vpd_trl.batch import loss_mask, rows_of
 from vpd_trl.e_step import RewardShift
-from vpd_trl.teacher import EMATeacher, FixedPrior, WeightSnapshot
+from vpd_trl.prior import FixedPrior
+from vpd_trl.teacher import EMATeacher, WeightSnapshot
 
 
 def ready(tmp_path, *, rows=16, feedback=None, **changes):
@@ -404,8 +405,7 @@ def test_a_fixed_prior_is_the_adapter_that_was_passed_not_the_base_model(tmp_pat
                 p.normal_(std=0.5)
     trainer = ready(tmp_path, tok=tokenizer, mdl=student, prior="fixed")
     batch = batch_of(trainer)
-    with trainer.prior.context():
-        prior = trainer.scorer.frozen_logps(batch)
+    (prior,) = trainer.prior.logps([batch], fresh=True)
     assert torch.equal(prior, trainer.scorer.frozen_logps(batch))
     with student.disable_adapter():
         assert not torch.allclose(prior, trainer.scorer.frozen_logps(batch), atol=1e-3)

@@ -215,8 +215,8 @@ def _check_engine(trainer: VPDTrainer) -> None:
     args = trainer.args
     own_weights = [
         f"{name}={value!r}"
-        for name, value, shared in (("teacher", args.teacher, "shared"), ("prior", args.prior, "dynamic"))
-        if value != shared
+        for name, value in (("teacher", args.teacher), ("prior", args.prior))
+        if value in ("ema", "lora", "fixed")
     ]
     if own_weights and trainer._dist.fsdp_version == 1:
         raise ValueError(

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, field, fields
-from numbers import Real
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
+from .config_checks import check_fields, check_together, warn_about_fields_without_effect
 from .methods import METHODS, Method
-from .text import check_template
-
-
-TEACHERS = ("shared", "ema", "lora")
-PRIORS = ("dynamic", "fixed")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-
-# GRPOConfig fields that act in GRPO's own loss alone, so not in a method that distils
-_GRPO_LOSS_FIELDS = (
-    "beta",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "loss_type",
-    "importance_sampling_level",
-    "off_policy_mask_threshold",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "scale_rewards",
-    "multi_objective_aggregation",
-    "use_bias_correction_kl",
-    "router_aux_loss_coef",
-)
 
 
 @dataclass
@@ -110,10 +85,18 @@ class VPDConfig(GRPOConfig):
             β of the implicit reward ρ = β · (log q − log π) (eq. 7).
         reward_shift_momentum (`float`, *optional*, defaults to `0.5`):
             Momentum m in [0, 1) of the reward shift: δ ← m · δ + (1 − m) · batch value (eq. 9).
+        reward_shift (`str`, *optional*, defaults to `"batch"`):
+            What the reward shift is an average of: `"batch"`, the implicit rewards of each E-step's batch before it
+            trains on it, which takes a forward pass; or `"running"`, those that each M-step finds on its batch anyway.
+            The latter needs the dynamic prior, or `"sampling"`, and a teacher whose targets are of the weights that the
+            E-step trains (not `"ema"`).
         log_ratio_reduction (`str`, *optional*, defaults to `"sum"`):
             Log-ratio of a rollout: `"sum"` over its tokens (the paper's), or their `"mean"`.
         prior (`str`, *optional*, defaults to `"dynamic"`):
-            π of the implicit reward: `"dynamic"` is the student at the start of the E-step, `"fixed"` the initial model.
+            π of the implicit reward: `"dynamic"` is the student at the start of the E-step, `"fixed"` the initial model,
+            `"sampling"` the student that sampled the rollouts, by vLLM's own numbers, which take no forward pass and
+            differ from the student's by the rounding of two engines (`use_vllm`, and the full distribution: no `top_k`
+            and the like).
 
         > M-step
 
@@ -173,8 +156,9 @@ class VPDConfig(GRPOConfig):
     e_step_min_per_class: int = field(default=1, metadata={"help": "Fewest successes and failures for an E-step update; with fewer it is skipped."})
     bco_temperature: float = field(default=0.1, metadata={"help": "Temperature of the implicit reward (beta of the paper's equation 7). Paper: 0.1."})
     reward_shift_momentum: float = field(default=0.5, metadata={"help": "Momentum in [0, 1) of the moving-average reward shift (equation 9)."})
+    reward_shift: str = field(default="batch", metadata={"help": "Average of the implicit rewards of each E-step's 'batch', which takes a forward pass, or 'running', of those that every M-step finds anyway."})
     log_ratio_reduction: str = field(default="sum", metadata={"help": "Log-ratio of a rollout: 'sum' or 'mean' over its tokens. Paper: 'sum'."})
-    prior: str = field(default="dynamic", metadata={"help": "Reference of the implicit reward: 'dynamic' (the current student) or 'fixed' (the initial model)."})
+    prior: str = field(default="dynamic", metadata={"help": "Reference of the implicit reward: 'dynamic' (the current student), 'fixed' (the initial model) or 'sampling' (the student that sampled, by vLLM's log-probabilities)."})
 
     # M-step
     divergence: str = field(default="jsd", metadata={"help": "Divergence of the M-step: 'reverse_kl', 'forward_kl' or 'jsd'. Paper: 'reverse_kl' for code, 'jsd' for science, 'forward_kl' for mathematics."})
@@ -193,7 +177,7 @@ class VPDConfig(GRPOConfig):
     # fmt: on
 
     def __post_init__(self) -> None:
-        self._check_new_fields()
+        check_fields(self)
         if self.advantage_mix_decay is None:
             self.advantage_mix_decay = "linear" if self.method == "advantage_reweighting" else "constant"
         try:
@@ -206,13 +190,8 @@ class VPDConfig(GRPOConfig):
             raise ValueError(
                 f"{error} Both count completions, not prompts. Valid values of num_generations here: {valid}."
             ) from None
-        if self.e_step_learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(
-                f"e_step_learning_rate ({self.e_step_learning_rate}) follows the student's schedule, so learning_rate "
-                f"must be above 0; got {self.learning_rate}."
-            )
-        self._check_batch_sizes()
-        self._warn_about_fields_without_effect()
+        check_together(self)
+        warn_about_fields_without_effect(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled as training_args.bin, which lies beside every model and is pushed with it
@@ -258,117 +237,3 @@ class VPDConfig(GRPOConfig):
     def divergence_alpha(self) -> float:
         """`divergence` as one number: 0 is the forward KL, 1 the reverse KL, between them the JSD's weight."""
         return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.jsd_weight}[self.divergence]
-
-    def _check_new_fields(self) -> None:
-        for name, allowed in (
-            ("method", tuple(METHODS)),
-            ("teacher", TEACHERS),
-            ("prior", PRIORS),
-            ("divergence", DIVERGENCES),
-            ("log_ratio_reduction", ("sum", "mean")),
-            ("m_step_normalization", ("all", "with_feedback")),
-            ("advantage_mix_decay", (None, "constant", "linear")),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
-
-        for name, optional in (
-            ("e_step_frequency", False),
-            ("e_step_epochs", False),
-            ("e_step_min_per_class", False),
-            ("e_step_batch_size", True),
-            ("distillation_top_k", True),
-            ("max_teacher_prompt_length", True),
-        ):
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{name} must be an integer of at least 1{' or None' if optional else ''}; got {value!r}."
-                )
-
-        if self.teacher == "lora" and not self.parts.refines_teacher:
-            raise ValueError(
-                f"teacher='lora' has an adapter that only an E-step trains, and method={self.method!r} has none; use "
-                "method='vpd', or teacher='shared' or 'ema'."
-            )
-        self._check_numbers()
-        if self.teacher_template is not None:
-            check_template(
-                "teacher_template", self.teacher_template, needs=("prompt",), one_of=("solution", "critique")
-            )
-        check_template("solution_template", self.solution_template, needs=("solution",))
-        check_template("critique_template", self.critique_template, needs=("critique",))
-
-    def _check_numbers(self) -> None:
-        self._check_number("success_threshold", "a finite number", lambda x: abs(x) != float("inf"))
-        self._check_number(
-            "teacher_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"), optional=True
-        )
-        self._check_number("teacher_update_rate", "a number in (0, 1]", lambda x: 0 < x <= 1)
-        self._check_number("teacher_adapter_decay", "a number in [0, 1)", lambda x: 0 <= x < 1)
-        self._check_number("bco_temperature", "a finite number above 0", lambda x: 0 < x < float("inf"))
-        self._check_number("reward_shift_momentum", "a number in [0, 1)", lambda x: 0 <= x < 1)
-        self._check_number(
-            "jsd_weight", "a number in (0, 1); the ends are 'forward_kl' and 'reverse_kl'", lambda x: 0 < x < 1
-        )
-        self._check_number("e_step_learning_rate", "a number above 0", lambda x: 0 < x < float("inf"), optional=True)
-        self._check_number("m_step_importance_clip", "a number above 0", lambda x: x > 0, optional=True)
-        for name in ("joint_rl_weight", "joint_kl_weight"):
-            self._check_number(name, "a finite number of at least 0", lambda x: 0 <= x < float("inf"))
-        if self.method == "joint_loss" and self.joint_rl_weight == self.joint_kl_weight == 0:
-            raise ValueError(
-                "joint_rl_weight and joint_kl_weight are both 0, so there would be no loss; one must not be."
-            )
-        self._check_number("advantage_mix", "a number in [0, 1]", lambda x: 0 <= x <= 1)
-        self._check_number("advantage_weight_clip", "a number in (0, 1]", lambda x: 0 < x <= 1)
-
-    def _check_number(self, name: str, allowed: str, valid: Any, *, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        # NaN fails every comparison, so it is refused too
-        if isinstance(value, bool) or not isinstance(value, Real) or value != value or not valid(value):
-            raise ValueError(f"{name} must be {allowed}{' or None' if optional else ''}; got {value!r}.")
-
-    def _check_batch_sizes(self) -> None:
-        if self.e_step_batch_size is None or not self.parts.refines_teacher:
-            return
-        unit = self.per_device_train_batch_size * self.world_size
-        total = self.generation_batch_size
-        if self.e_step_batch_size % unit or total % self.e_step_batch_size:
-            valid = [n for n in range(unit, total + 1, unit) if total % n == 0]
-            raise ValueError(
-                f"e_step_batch_size ({self.e_step_batch_size}) must be a multiple of per_device_train_batch_size × "
-                f"processes ({self.per_device_train_batch_size} × {self.world_size}) and divide the rollout batch "
-                f"({total}); it counts completions over all processes. Valid values here: {valid}."
-            )
-
-    def _warn_about_fields_without_effect(self) -> None:
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            cut = {
-                "top_p": (self.top_p, 1.0),
-                "top_k": (self.top_k, 0),
-                "min_p": (self.min_p, None),
-                "repetition_penalty": (self.repetition_penalty, 1.0),
-            }
-            changed = [f"{name}={value}" for name, (value, neutral) in cut.items() if value != neutral]
-            if changed:
-                warnings.warn(
-                    f"vLLM samples from a cut distribution ({', '.join(changed)}) while the trainer's log-probabilities "
-                    "are of the full one, so the importance ratio of vllm_importance_sampling_correction is biased. "
-                    "Sample from the full distribution, or set vllm_importance_sampling_correction=False.",
-                    stacklevel=4,
-                )
-        if self.parts.policy_gradient:
-            return
-        defaults = {f.name: f.default for f in fields(GRPOConfig)}
-        changed = [name for name in _GRPO_LOSS_FIELDS if getattr(self, name) != defaults[name]]
-        if changed:
-            warnings.warn(
-                f"method={self.method!r} replaces GRPO's loss by the M-step, so these fields have no effect on "
-                f"training: {', '.join(changed)}.",
-                stacklevel=4,
-            )

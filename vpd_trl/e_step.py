@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ class _Update:
         positives: Eligible successes, over all processes.
         negatives: Eligible failures, over all processes.
         priors: The prior's log-probabilities (b, T) for each micro-batch, frozen.
-        rewards: The latest implicit rewards (b,) for each micro-batch.
+        rewards: The latest implicit rewards (b,) for each micro-batch; none before the first pass of the teacher.
     """
 
     micro_batches: list[Batch]
@@ -97,15 +98,15 @@ class EStep:
         possible = [u for u in updates if min(u.positives, u.negatives) >= self.args.e_step_min_per_class]
 
         # Both frozen at the start: the prior for the whole E-step (appendix A.4), the teacher for the first shift
-        logps = self.trainer.scorer.frozen_logps
-        reuse = fresh and self.trainer.prior.is_student
-        with self.trainer.prior.context():
-            for u in possible:
-                u.priors = [self._student_logps(b) if reuse else logps(b) for b in u.micro_batches]
-        with self.trainer.teacher.training_context():
-            for u in possible:
-                pairs = zip(u.micro_batches, u.priors, strict=True)
-                u.rewards = [self._reward(batch, logps(batch, teacher=True), prior) for batch, prior in pairs]
+        for u in possible:
+            u.priors = self.trainer.prior.logps(u.micro_batches, fresh=fresh)
+        if self.args.reward_shift == "batch" or self.shift.value is None:
+            with self.trainer.teacher.training_context():
+                for u in possible:
+                    u.rewards = [
+                        self._reward(batch, self.trainer.scorer.frozen_logps(batch, teacher=True), prior)
+                        for batch, prior in zip(u.micro_batches, u.priors, strict=True)
+                    ]
         for _ in range(self.args.e_step_epochs):
             for u in possible:
                 self._update(u)
@@ -116,6 +117,17 @@ class EStep:
         record("e_step/skipped", (len(updates) - len(possible)) / len(updates))
         record("time/e_step", time.perf_counter() - start)
         return bool(possible)
+
+    def measured(self, success_ratio: float, failure_ratio: float) -> None:
+        """
+        Take in what an M-step has found, for a running reward shift.
+
+        Args:
+            success_ratio, failure_ratio: Mean log-ratios of the teacher over the student, nats; NaN without any.
+        """
+        means = self.args.bco_temperature * success_ratio, self.args.bco_temperature * failure_ratio
+        if self.args.reward_shift == "running" and all(map(math.isfinite, means)):
+            self.shift.update(*means)
 
     def _prepare(self, micro_batches: list[Batch]) -> _Update:
         """An update on these micro-batches, with its class counts."""
@@ -146,7 +158,10 @@ class EStep:
     def _update(self, update: _Update) -> None:
         """One optimizer update; leaves the implicit rewards of its forward pass in it."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        shift = self.shift.update(*self._class_means(update))
+        if update.rewards:
+            self.shift.update(*self._class_means(update))
+        shift, update.rewards = self.shift.value, []
+        assert shift is not None
 
         loss_sum = torch.zeros((), device=accelerator.device)
         with trainer.teacher.training_context():
@@ -161,7 +176,7 @@ class EStep:
                     loss = (losses * weight).sum()
                     trainer.teacher.backward(loss * accelerator.num_processes)
                 loss_sum += loss.detach()
-                update.rewards[i] = self.args.bco_temperature * log_ratio.detach()
+                update.rewards.append(self.args.bco_temperature * log_ratio.detach())
             grad_norm = trainer.teacher.update()
 
         positive, negative = self._class_means(update)
@@ -169,11 +184,6 @@ class EStep:
         trainer._record("e_step/reward_margin", positive - negative)
         trainer._record("e_step/reward_shift", shift)
         trainer._record("e_step/grad_norm", grad_norm)
-
-    def _student_logps(self, batch: Batch) -> torch.Tensor:
-        """Log-probabilities (b, T) of a piece under the student that sampled it, known or not."""
-        every_row = torch.arange(len(batch["eligible"]), device=batch["eligible"].device)
-        return self.trainer.scorer.student_logps(batch, every_row)
 
     def _class_counts(self, rows: Batch) -> tuple[int, int]:
         """Numbers of eligible successes and failures, over all processes."""

@@ -82,6 +82,7 @@ class MStep:
         ended, _ = means.pop("ended")
         self.trainer._record("m_step/tokens", means["m_step/divergence"][1])
         self.trainer._record("teacher/log_ratio_margin", successes[0] - failures[0])
+        self.trainer.e_step.measured(successes[0], failures[0])
         if self.trainer.args.rl_weight:
             del means["entropy"]  # TRL records it over all rollouts
         for name, (value, _) in means.items():

@@ -77,6 +77,7 @@ class Scorer:
         Those that the batch has ("student_logps" where "is_scored") are not computed again. They are of the weights
         that sampled the rollouts.
         """
+        rows = rows.to(batch["completion_ids"].device)
         if "student_logps" in batch:
             logps, rows = batch["student_logps"], rows[~batch["is_scored"][rows]]
         else:

@@ -1,9 +1,9 @@
 """
-What the teacher and the prior run on.
+What the teacher runs on.
 
-Both are the student's network in another state. An object here knows that state: the context to run the network in,
-how the E-step trains it, what happens after a rollout batch, and what a checkpoint must hold. The trainer never asks
-which one it has.
+It is the student's network in another state. An object here knows that state: the context to run the network in, how
+the E-step trains it, what happens after a rollout batch, and what a checkpoint must hold. The trainer never asks which
+one it has.
 """
 
 from __future__ import annotations
@@ -297,50 +297,6 @@ class EMATeacher(SharedTeacher):
         self.average.load_state_dict(state["average"])
 
 
-class DynamicPrior:
-    """The prior is the student at the start of each E-step (the paper's form)."""
-
-    is_student = True
-
-    def begin(self) -> None:
-        """Called, once or again, when training begins and the weights are where they stay."""
-
-    def context(self) -> AbstractContextManager[None]:
-        """Where the prior's log-probabilities are computed."""
-        return nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class FixedPrior(DynamicPrior):
-    """
-    The prior is the student before training (the paper's ablation, appendix D.6).
-
-    For an adapter it is the adapter as it was passed to the trainer, trained or new.
-    """
-
-    is_student = False
-
-    def __init__(self, trainer: VPDTrainer) -> None:
-        self.initial = WeightSnapshot(trainer.model, trainer.engine)
-
-    def begin(self) -> None:
-        self.initial.take()
-
-    def context(self) -> AbstractContextManager[None]:
-        return self.initial.swapped_in()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"initial": self.initial.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.initial.load_state_dict(state["initial"])
-
-
 def make_teacher(trainer: VPDTrainer, adapter_config: Any = None) -> SharedTeacher:
     """The teacher that `VPDConfig.teacher` names."""
     if trainer.args.teacher == "lora":
@@ -350,9 +306,3 @@ def make_teacher(trainer: VPDTrainer, adapter_config: Any = None) -> SharedTeach
     if trainer.args.teacher == "ema":
         return EMATeacher(trainer, trainer.args.teacher_update_rate)
     return SharedTeacher(trainer)
-
-
-def make_prior(trainer: VPDTrainer) -> DynamicPrior:
-    """The prior that `VPDConfig.prior` names; without an E-step, which alone has one, there is nothing to keep."""
-    fixed = trainer.args.prior == "fixed" and trainer.parts.refines_teacher
-    return FixedPrior(trainer) if fixed else DynamicPrior()

@@ -29,10 +29,11 @@ from .feedback import FeedbackFn
 from .feedback.collect import FeedbackCollector
 from .lengths import by_length_within_steps
 from .m_step import MStep
+from .prior import make_prior
 from .processes import stop_together
 from .prompts import check_images, check_prompt
 from .scoring import Scorer
-from .teacher import make_prior, make_teacher
+from .teacher import make_teacher
 from .teacher_inputs import TeacherInputs
 from .tracking import CompletionsTable
 from .watch import Watch

@@ -48,8 +48,9 @@ def operations(plan: Plan, student: Rehearsal, teacher: Rehearsal) -> dict[str, 
     if parts.refines_teacher:
         share = with_feedback / config.e_step_frequency
         found["E-step: teacher"] = share * config.e_step_epochs * teacher.e_step(1, told, mean).flops
-        found["E-step: first reward shift"] = share * told_scores
-        if not (known and config.prior == "dynamic"):
+        if config.reward_shift == "batch":
+            found["E-step: first reward shift"] = share * told_scores
+        if config.prior == "fixed" or (config.prior == "dynamic" and not known):
             found["E-step: prior"] = share * scores
     return found
 
