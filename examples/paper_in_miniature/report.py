@@ -116,6 +116,7 @@ def tables(tuned: Tuned) -> list[Table]:
         table_3(tuned),
         table_4(tuned),
         table_5(tuned),
+        running_shift(tuned),
         figure_2(tuned),
         cold_start(tuned),
         rigid(tuned),
@@ -164,6 +165,16 @@ def table_5(tuned: Tuned) -> Table:
     pairs = [(f"dynamic prior{variant}", f"fixed prior{variant}") for variant in ("", *variants)]
     pairs += [(name, f"{name}{variant}") for variant in variants for name in ("dynamic prior", "fixed prior")]
     return Table("table_5", f"The prior, after {long} steps", rows, pairs, few)
+
+
+def running_shift(tuned: Tuned) -> Table:
+    rows, pairs = [], []
+    for feedback in experiments.BOTH:
+        names = [f"{feedback}, of E-steps", f"{feedback}, of M-steps"]
+        rows.append(row(VPD, feedback, tuned, names[0]))
+        rows.append(row(VPD, feedback, tuned, names[1], overrides=experiments.RUNNING))
+        pairs.append((names[1], names[0]))
+    return Table("running_shift", "Which step measures the reward shift", rows, pairs)
 
 
 def figure_2(tuned: Tuned) -> Table:
