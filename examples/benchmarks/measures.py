@@ -20,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vpd_trl.estimate  # noqa: F401  (counts products that are added in place, too)
+from vpd_trl.feedback import EachRollout
 
 from . import setting
 
@@ -43,13 +44,21 @@ def work(
     vocabulary: int = setting.WORDS + 2,
     hidden: int = 256,
     layers: int = 4,
+    cheap: bool = False,
     **changes: Any,
 ) -> dict[str, float]:
-    """Operations of `steps` optimizer steps, and tokens that enter the network with the share that is no padding."""
+    """
+    Operations of `steps` optimizer steps, and tokens that enter the network with the share that is no padding.
+
+    `cheap` is `vpd` with the two options that save an E-step its passes.
+    """
     network = setting.model(vocabulary=vocabulary, hidden=hidden, layers=layers)
+    changes |= {"reward_shift": "running"} if cheap else {}
     made = setting.trainer(
         kind, network, setting.questions(64, coverage=coverage), _folder(), max_steps=steps, **changes
     )
+    if cheap:
+        setting.without_passes(made)
     setting.with_rollouts(made, setting.rollouts_of_mixed_length(longest))
     entered = real = 0
     forward = network.model.forward
@@ -96,11 +105,16 @@ class _PeakMemory:
 
 
 def memory(
-    kind: str, *, tokens: int = 1024, vocabulary: int = setting.QWEN3_VOCABULARY, **changes: Any
+    kind: str,
+    *,
+    tokens: int = 1024,
+    vocabulary: int = setting.QWEN3_VOCABULARY,
+    dtype: str = "float32",
+    **changes: Any,
 ) -> dict[str, float]:
     """Peak extra bytes, and seconds, of one micro-batch forwards and backwards, after a warm-up."""
     rows = 4
-    network = setting.model(vocabulary=vocabulary, hidden=128, layers=2)
+    network = setting.model(vocabulary=vocabulary, hidden=128, layers=2, dtype=dtype)
     batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "num_generations": rows}
     data = setting.questions(8)
     made = setting.trainer(kind, network, data, _folder(), **batch, max_steps=3, optim="sgd", **changes)
@@ -173,6 +187,37 @@ def _after_first_step(starts: list[float]) -> Any:
                 starts.append(time.process_time())
 
     return Clock()
+
+
+# ---- Feedback
+
+
+def waiting(kind: str, *, each: float, steps: int = 3, **changes: Any) -> dict[str, float]:
+    """
+    Seconds, by the clock, that a batch of 64 rollouts takes for its feedback and its E-step, medians of some batches.
+
+    Args:
+        kind: Of trainer.
+        each: What the feedback function sleeps for each rollout, in seconds.
+        steps: Batches, the first of which is left out.
+        **changes: Fields of the configuration.
+    """
+
+    def told(privileged_context: str) -> str:
+        time.sleep(each)
+        return privileged_context
+
+    network = setting.model(hidden=256, layers=4)
+    changes |= {"max_steps": steps + 1, "e_step_frequency": 1}
+    made = setting.trainer(
+        kind, network, setting.questions(64), _folder(), feedback_fn=EachRollout(told) if each else None, **changes
+    )
+    setting.with_rollouts(made, setting.rollouts_of_mixed_length(200))
+    found: dict[str, list[float]] = {}
+    record = made._record
+    made._record = lambda name, value: (found.setdefault(name, []).append(value), record(name, value))[1]
+    made.train()
+    return {name: statistics.median(found[f"time/{name}"][1:]) for name in ("feedback", "e_step")}
 
 
 # ---- Starting up

@@ -30,10 +30,11 @@ def table() -> str:
         shown = f"{value:.3f}" if least else f"{value:.2f}"  # what is just below its aim is not to look like it
         rows.append(f"| {what} | {against} | {shown}{beside} | {'≥' if least else '≤'} {aim:.2f} | {met} |")
 
-    work, memory, time, imports = map(load, ("work", "memory", "time", "imports"))
+    work, memory, time, feedback, imports = map(load, ("work", "memory", "time", "feedback", "imports"))
     if memory:
         for mode, found in memory["modes"].items():
-            what = f"`sdpo`, {mode}, float32: peak memory of a step at 151,936 tokens of vocabulary"
+            precision = "" if mode == "half precision" else ", float32"
+            what = f"`sdpo`, {mode}{precision}: peak memory of a step at 151,936 tokens of vocabulary"
             add(what, "`SDPOTrainer`", found["bytes"]["ratio"], 0.25)
             add("the same: time", "`SDPOTrainer`", found["seconds"]["ratio"], 1.0)
     if work:
@@ -43,16 +44,20 @@ def table() -> str:
         for size, real in work["real tokens by rows of a micro-batch"].items():
             what = f"tokens in forward passes that are real, {size} rows in a micro-batch"
             add(what, "all", real["ours"], 0.95, least=True, beside=f" (`SDPOTrainer` {real['trl']:.2f})")
+        what = "`sdpo`, two optimizer steps on each batch: FLOPs of training"
+        add(what, "`SDPOTrainer`", work["sdpo, two steps"]["flops"], 0.8)
         add("`vpd`, F = 5: FLOPs of training", "`sdpo`", work["vpd"]["flops"], 1.2)
-        add(
-            "the same with two steps on each batch, where TRL scores rollouts",
-            "`sdpo`",
-            work["vpd, scored"]["flops"],
-            1.2,
-        )
+        what = 'the same with `reward_shift="running"` and `prior="sampling"`'
+        add(what, "`sdpo`", work["vpd without passes"]["over sdpo"], 1.2)
     if time:
-        add("`vpd`, F = 5: time of a run with generation", "`sdpo`", time["vpd over sdpo"]["ratio"], 1.1)
-        add("the same", "`GRPOTrainer`", time["vpd over trl grpo"]["ratio"], 1.3)
+        for length, found in time["lengths"].items():
+            for name, shown in (("vpd", "`vpd`"), ("vpd, running shift", '`vpd`, `reward_shift="running"`')):
+                what = f"{shown}, F = 5, completions of {length} tokens: time of a run with generation"
+                add(what, "`sdpo`", found[f"{name} over sdpo"]["ratio"], 1.1)
+                add("the same", "`GRPOTrainer`", found[f"{name} over trl grpo"]["ratio"], 1.3)
+    if feedback:
+        what = "feedback that takes 1 s for each of 64 rollouts: added to a batch"
+        add(what, "1 s", feedback["added for each second of sleep"], 1.1)
     if imports:
         add("`from vpd_trl import VPDTrainer`", "`from trl import GRPOTrainer`", imports["ratio"], 1.1)
     return "\n".join(rows)
@@ -60,10 +65,12 @@ def table() -> str:
 
 def phases() -> str:
     """Where the time of a run goes."""
-    found = load("time") or {"seconds of phases, medians": {}}
+    found = load("time") or {"lengths": {}}
     lines = ["| seconds of five steps | " + " | ".join(PHASES.values()) + " |", "|---|" + "---|" * len(PHASES)]
-    for kind, entry in found["seconds of phases, medians"].items():
-        lines.append(f"| `{kind}` | " + " | ".join(f"{entry[phase]:.1f}" for phase in PHASES.values()) + " |")
+    for length, entries in found["lengths"].items():
+        for kind, entry in entries["seconds of phases, medians"].items():
+            shown = f"{kind}, {entries['rollouts']} × {length} tokens"
+            lines.append(f"| {shown} | " + " | ".join(f"{entry[phase]:.1f}" for phase in PHASES.values()) + " |")
     return "\n".join(lines)
 
 

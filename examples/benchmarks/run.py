@@ -1,7 +1,7 @@
 """
 Measures this library against TRL, side by side.
 
-    python -m examples.benchmarks.run            # all; or one of: work, memory, time, imports, growth, estimate
+    python -m examples.benchmarks.run            # all; or one of: work, memory, time, feedback, imports, growth, estimate
     python -m examples.benchmarks.run report     # the chart and the README's table from the results, seconds
 
 Results go to `examples/benchmarks/results`, one file for each, with the command, commit and versions.
@@ -31,9 +31,10 @@ def work() -> dict[str, Any]:
     """Counted, so that one run is enough."""
     sdpo = {c: [apart("work", kind, coverage=c) for kind in ("sdpo", "trl sdpo")] for c in (1.0, 0.5)}
     vpd = {"frequency 5": apart("work", "vpd", steps=5), "sdpo": sdpo[1.0][0]}
-    # Two optimizer steps for each batch of rollouts, so that TRL scores them first: the prior takes its scores
-    twice = {"steps_per_generation": 16, "steps": 10}
-    scored = {kind: apart("work", kind, **twice) for kind in ("vpd", "sdpo")}
+    cheap = apart("work", "vpd", steps=5, cheap=True)
+    # Two optimizer steps for each batch of rollouts: TRL scores them first, for a loss that sdpo hasn't got
+    twice = {"steps_per_generation": 16, "steps": 4}
+    late = {kind: apart("work", kind, **twice) for kind in ("sdpo", "trl sdpo")}
     rows = {n: {"per_device_train_batch_size": n, "gradient_accumulation_steps": 64 // n} for n in (4, 2)}
     shares = {n: [apart("work", kind, **sizes) for kind in ("sdpo", "trl sdpo")] for n, sizes in rows.items()}
     real = {n: [entry["real"] for entry in pair] for n, pair in {8: sdpo[1.0], **shares}.items()}
@@ -44,8 +45,9 @@ def work() -> dict[str, Any]:
             f"coverage {c:g}": {"ours": a, "trl": b, "flops": a["flops"] / b["flops"]} for c, (a, b) in sdpo.items()
         },
         "vpd": vpd | {"flops": vpd["frequency 5"]["flops"] / vpd["sdpo"]["flops"]},
+        "vpd without passes": cheap | {"over sdpo": cheap["flops"] / vpd["sdpo"]["flops"]},
         "real tokens by rows of a micro-batch": {n: {"ours": a, "trl": b} for n, (a, b) in real.items()},
-        "vpd, scored": scored | {"flops": scored["vpd"]["flops"] / scored["sdpo"]["flops"]},
+        "sdpo, two steps": late | {"flops": late["sdpo"]["flops"] / late["trl sdpo"]["flops"]},
     }
 
 
@@ -56,6 +58,8 @@ def memory() -> dict[str, Any]:
             {"distillation_top_k": 100},
             {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True},
         ],
+        "Jensen–Shannon": [{"divergence": "jsd"}, {"distillation_mode": "full_logits", "distillation_alpha": 0.5}],
+        "half precision": [{"dtype": "bfloat16"}, {"distillation_mode": "full_logits", "dtype": "bfloat16"}],
     }
     found: dict[str, Any] = {}
     for name, (ours, theirs) in modes.items():
@@ -71,20 +75,52 @@ def memory() -> dict[str, Any]:
 
 
 def run_time() -> dict[str, Any]:
-    kinds = ("vpd", "sdpo", "trl grpo")
-    found = dict(zip(kinds, side_by_side(5, "run_time", *((kind, {}) for kind in kinds)), strict=True))
-    vpd, sdpo, grpo = ([entry["seconds"] for entry in found[kind]] for kind in kinds)
-    phases = {
-        kind: {phase: statistics.median(entry[phase] for entry in found[kind]) for phase in PHASES.values()}
-        for kind in ("vpd", "sdpo")
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "vpd": ("vpd", {}),
+        "vpd, running shift": ("vpd", {"reward_shift": "running"}),
+        "sdpo": ("sdpo", {}),
+        "trl grpo": ("trl grpo", {}),
+    }
+    lengths = {}
+    for length, rows in ((64, 64), (256, 32)):
+        sizes = {"length": length, "gradient_accumulation_steps": rows // 8}
+        results = side_by_side(3, "run_time", *((kind, options | sizes) for kind, options in cases.values()))
+        found = dict(zip(cases, results, strict=True))
+        seconds = {name: [entry["seconds"] for entry in entries] for name, entries in found.items()}
+        lengths[str(length)] = {
+            "rollouts": rows,
+            "seconds": seconds,
+            "seconds of phases, medians": {
+                name: {phase: statistics.median(entry[phase] for entry in found[name]) for phase in PHASES.values()}
+                for name in ("vpd", "vpd, running shift", "sdpo")
+            },
+            **{
+                f"{name} over {other}": ratio(seconds[name], seconds[other])
+                for name in ("vpd", "vpd, running shift")
+                for other in ("sdpo", "trl grpo")
+            },
+        }
+    return {
+        "conditions": "5 steps with generation by transformers, after a first step; completions of one length for all; 4 layers, "
+        "hidden size 256; prompts of 10 to 40 tokens, feedback of 15 to 60; processor time of one thread; 3 repeats in turn",
+        "lengths": lengths,
+    }
+
+
+def feedback() -> dict[str, Any]:
+    """A function that sleeps for a second for each rollout, and one that answers at once."""
+    waits, at_once = (side_by_side(3, "waiting", ("vpd", {"each": each}))[0] for each in (1.0, 0.0))
+    median = {
+        name: {part: statistics.median(entry[part] for entry in entries) for part in ("feedback", "e_step")}
+        for name, entries in (("sleeps", waits), ("at once", at_once))
     }
     return {
-        "conditions": "5 steps of 64 rollouts of 64 tokens with generation by transformers, after a first step; 4 layers, hidden "
-        "size 256; processor time of one thread; 5 repeats in turn",
-        "seconds": {"vpd": vpd, "sdpo": sdpo, "trl grpo": grpo},
-        "seconds of phases, medians": phases,
-        "vpd over sdpo": ratio(vpd, sdpo),
-        "vpd over trl grpo": ratio(vpd, grpo),
+        "conditions": "64 rollouts of 1 to 200 tokens and an E-step in each batch; a function of one rollout that sleeps for 1 s; "
+        "seconds by the clock, medians of 3 batches and of 3 runs",
+        "seconds": {"sleeps": waits, "at once": at_once},
+        "medians": median,
+        "added for each second of sleep": median["sleeps"]["feedback"] - median["at once"]["feedback"],
+        "E-step, of that without waiting": median["sleeps"]["e_step"] / median["at once"]["e_step"],
     }
 
 
@@ -125,6 +161,7 @@ MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
     "work": work,
     "memory": memory,
     "time": run_time,
+    "feedback": feedback,
     "imports": imports,
     "growth": growth,
     "estimate": estimate,

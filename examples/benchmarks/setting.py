@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from vpd_trl import VPDConfig, VPDTrainer
+from vpd_trl.prior import make_prior
 
 
 QWEN3_VOCABULARY = 151_936
@@ -32,7 +33,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(*, vocabulary: int = WORDS + 2, hidden: int = 256, layers: int = 4, seed: int = 0) -> Qwen3ForCausalLM:
+def model(
+    *, vocabulary: int = WORDS + 2, hidden: int = 256, layers: int = 4, seed: int = 0, dtype: str = "float32"
+) -> Qwen3ForCausalLM:
     """A model of Qwen3's form with random weights."""
     torch.manual_seed(seed)
     heads = max(hidden // 64, 1)
@@ -50,7 +53,7 @@ def model(*, vocabulary: int = WORDS + 2, hidden: int = 256, layers: int = 4, se
         pad_token_id=0,
         bos_token_id=None,
     )
-    return Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(config).to(getattr(torch, dtype))
 
 
 def questions(n: int, *, coverage: float = 1.0, prompt: int = 40, feedback: int = 60, seed: int = 0) -> Dataset:
@@ -93,7 +96,7 @@ _THEIRS = {
 }
 
 
-def trainer(kind: str, network: Any, data: Dataset, folder: Path, **changes: Any) -> Any:
+def trainer(kind: str, network: Any, data: Dataset, folder: Path, *, feedback_fn: Any = None, **changes: Any) -> Any:
     """
     A trainer on the CPU in float32.
 
@@ -102,6 +105,7 @@ def trainer(kind: str, network: Any, data: Dataset, folder: Path, **changes: Any
         network: The model.
         data: The questions.
         folder: For what it writes.
+        feedback_fn: `None`: tells what the questions hold.
         **changes: Fields of its configuration.
     """
     fields: dict[str, Any] = dict(
@@ -128,7 +132,7 @@ def trainer(kind: str, network: Any, data: Dataset, folder: Path, **changes: Any
         if kind == "trl grpo":
             return GRPOTrainer(args=GRPOConfig(**fields), **common)
         fields = {"method": kind, "divergence": "reverse_kl", "teacher_temperature": 1.0, **_OURS, **fields}
-        return VPDTrainer(args=VPDConfig(**fields), feedback_fn=told, **common)
+        return VPDTrainer(args=VPDConfig(**fields), feedback_fn=feedback_fn or told, **common)
 
 
 def rollouts_of_mixed_length(longest: int, seed: int = 0) -> Callable[[int, int], list[list[int]]]:
@@ -142,9 +146,29 @@ def rollouts_of_mixed_length(longest: int, seed: int = 0) -> Callable[[int, int]
     return draw
 
 
+def without_passes(made: Any) -> Any:
+    """
+    The trainer of `vpd` as after its first E-step, with a running reward shift and with vLLM's numbers as the prior.
+
+    Its configuration asks for vLLM then, which isn't needed to count operations.
+    """
+    made.args.prior = "sampling"
+    made.prior = make_prior(made)
+    made.e_step.shift.value = 0.0
+    return made
+
+
 def with_rollouts(made: Any, completions: Callable[[int, int], list[list[int]]]) -> Any:
     """The trainer, with given completions instead of sampled ones."""
     batches = iter(range(10**9))
+    if isinstance(made, VPDTrainer) and made.args.prior == "sampling":
+
+        def sampled(prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list]:
+            drawn = completions(next(batches), len(prompt_ids))
+            return drawn, [[0.0] * len(ids) for ids in drawn]
+
+        made._generate_single_turn = sampled
+        return made
     if isinstance(made, SDPOTrainer):
         made._generate = lambda prompt_ids: (prompt_ids, completions(next(batches), len(prompt_ids)))
     else:
