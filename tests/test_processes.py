@@ -57,6 +57,7 @@ except processes.StoppedTogether as error:
     assert not rank and "mine" in str(error)
 else:
     raise AssertionError("went on")
+accelerator.end_training()
 print(f"process {rank} is done", flush=True)
 """
 

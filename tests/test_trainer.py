@@ -495,7 +495,8 @@ def test_our_log_probabilities_are_trls_whatever_the_architecture_does_to_logits
     batch = rollout_batch(trainer)
     ours = trainer.scorer.frozen_logps(batch)
     with torch.no_grad():
-        theirs, _, _ = trainer._get_per_token_logps_and_entropies(
+        theirs, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+            trainer,
             trainer.model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
