@@ -4,8 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 
-from examples.benchmarks import eight_billion, measures, report, run
+from examples.benchmarks import eight_billion, gpu, measures, report, run
+from tests import heads
+from vpd_trl.distillation import Comparison, distill
 
 
 def test_the_readmes_table_of_ratios_comes_from_the_results_files():
@@ -59,3 +62,21 @@ def test_an_e_step_takes_the_operations_that_the_page_adds_up():
 def test_a_second_of_sleep_for_each_rollout_is_about_a_second_for_a_batch():
     found = measures.waiting("vpd", each=0.1, steps=1)
     assert 0.1 <= found["feedback"] < 3.2, "64 of them in turn take 6.4"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_measurement_for_gpus_runs_on_a_cpu(fused):
+    found = gpu.measure(gpu.TINY, length=16, rollouts=8, rows=4, fused=fused, steps=1)
+    for part in found.values():
+        assert all(part[name] > 0 for name in ("seconds", "tokens a second", "operations a second"))
+    assert gpu.matrix_peak(64, repeats=2) > 0
+
+
+def test_full_logits_give_what_the_fused_divergence_gives():
+    student, teacher, s, t = heads.setting(7, 101, temperature=0.5)
+    tokens, weights = torch.arange(7), torch.linspace(0.5, 2.0, 7)
+    inputs = (student, teacher, s, t, tokens, Comparison(0.5))
+    ours, full = distill(*inputs, weights=weights), gpu.with_full_logits(*inputs, weights=weights)
+    heads.agree(full.loss, ours.loss, [student, s.weight, s.bias])
+    for a, b in zip(full[1:], ours[1:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
