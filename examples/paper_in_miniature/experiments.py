@@ -134,7 +134,7 @@ def table_4(tuned: Tuned) -> list[Cell]:
 
 def running_shift(tuned: Tuned) -> list[Cell]:
     """A reward shift that M-steps measure, which saves the E-step a pass; one that the E-step measures is in tables 1 and 2."""
-    return evenly(*(rows_of(VPD, feedback, tuned, overrides=RUNNING) for feedback in ("environment", "siblings")))
+    return evenly(*(rows_of(VPD, feedback, tuned, FEW, overrides=RUNNING) for feedback in ("environment", "siblings")))
 
 
 RUNNING = (("reward_shift", "running"),)

@@ -171,10 +171,10 @@ def running_shift(tuned: Tuned) -> Table:
     rows, pairs = [], []
     for feedback in experiments.BOTH:
         names = [f"{feedback}, of E-steps", f"{feedback}, of M-steps"]
-        rows.append(row(VPD, feedback, tuned, names[0]))
-        rows.append(row(VPD, feedback, tuned, names[1], overrides=experiments.RUNNING))
+        for name, overrides in zip(names, ((), experiments.RUNNING), strict=True):
+            rows.append(row(VPD, feedback, tuned, name, domains=experiments.FEW, overrides=overrides))
         pairs.append((names[1], names[0]))
-    return Table("running_shift", "Which step measures the reward shift", rows, pairs)
+    return Table("running_shift", "Which step measures the reward shift", rows, pairs, experiments.FEW)
 
 
 def figure_2(tuned: Tuned) -> Table:
