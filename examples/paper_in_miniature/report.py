@@ -170,10 +170,9 @@ def table_5(tuned: Tuned) -> Table:
 def running_shift(tuned: Tuned) -> Table:
     rows, pairs = [], []
     for feedback in experiments.BOTH:
-        names = [f"{feedback}, of E-steps", f"{feedback}, of M-steps"]
-        for name, overrides in zip(names, ((), experiments.RUNNING), strict=True):
-            rows.append(row(VPD, feedback, tuned, name, domains=experiments.FEW, overrides=overrides))
-        pairs.append((names[1], names[0]))
+        names = {"batch": f"{feedback}, by E-steps", "running": f"{feedback}, by M-steps"}
+        rows += [Row(name, list(experiments.shifted(shift, feedback, tuned))) for shift, name in names.items()]
+        pairs.append((names["running"], names["batch"]))
     return Table("running_shift", "Which step measures the reward shift", rows, pairs, experiments.FEW)
 
 
