@@ -150,6 +150,20 @@ def test_only_batches_of_an_e_step_are_scored_for_a_prior(tmp_path):
     assert 0 < first == second < third
 
 
+def test_truncated_rollouts_that_do_not_count_are_not_scored(tmp_path):
+    trainer, rows = started(
+        tmp_path, method="sdpo", m_step_importance_clip=2.0, mask_truncated_completions=True, max_completion_length=4
+    )
+    ends = trainer._tokenizer.eos_token_id
+    trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
+        [[10, 11, 12, ends if i % 2 else 13] for i, _ in enumerate(prompt_ids)],
+        None,
+    )
+    trainer.train()
+    assert rows
+    assert all(row[3] == ends for row in rows)
+
+
 def test_rollouts_are_asked_about_all_at_the_same_time(tmp_path):
     """A function that sleeps for a second a rollout so adds about a second to a batch: here all calls meet."""
     together = threading.Barrier(16, timeout=WAIT)

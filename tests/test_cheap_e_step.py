@@ -1,12 +1,15 @@
 """The two options that save an E-step its passes: a running reward shift, and vLLM's log-probabilities as the prior."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import tiny
 from tests.mixed_lengths import build, counted
+from vpd_trl import checks, state
 from vpd_trl.batch import concatenated, loss_mask
 from vpd_trl.lengths import row_lengths
 from vpd_trl.prior import make_prior
@@ -154,6 +157,9 @@ def test_a_run_with_a_running_shift_that_was_interrupted_goes_on_as_if_it_were_n
     [
         ({"prior": "sampling"}, "needs use_vllm=True"),
         ({"prior": "sampling", "use_vllm": True, "top_p": 0.9}, "top_p=0.9"),
+        ({"prior": "sampling", "use_vllm": True, "generation_kwargs": {"top_k": 5}}, "'top_k': 5"),
+        ({"prior": "sampling", "use_vllm": True, "generation_kwargs": {"temperature": 0.5}}, "'temperature': 0.5"),
+        ({"prior": "sampling", "use_vllm": True, "vllm_structured_outputs_regex": "a+"}, "regex='a\\+'"),
         ({"reward_shift": "running", "teacher": "ema"}, "got teacher='ema' and prior='dynamic'"),
         ({"reward_shift": "running", "prior": "fixed"}, "got teacher='shared' and prior='fixed'"),
         ({"reward_shift": "lagging"}, "reward_shift must be one of 'batch', 'running'; got 'lagging'"),
@@ -163,6 +169,50 @@ def test_a_run_with_a_running_shift_that_was_interrupted_goes_on_as_if_it_were_n
 def test_what_can_not_go_together_is_said_at_once(tmp_path, changes, part):
     with pytest.raises(ValueError, match=part):
         tiny.config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("neutral", [{"min_p": 0.0}, {"top_k": -1}, {"generation_kwargs": {"seed": 3}}], ids=str)
+def test_values_that_leave_the_distribution_whole_are_taken(tmp_path, neutral):
+    tiny.config(tmp_path, prior="sampling", use_vllm=True, **neutral)
+
+
+def test_rollouts_without_log_probabilities_are_refused_before_they_are_used(tmp_path):
+    trainer = sampling(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="rollouts came without any"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("mode", "temperature", "refused"),
+    [("raw_logprobs", 0.7, True), ("processed_logprobs", 0.7, False), ("raw_logprobs", 1.0, False)],
+)
+def test_a_server_must_report_what_it_samples_from(tmp_path, mode, temperature, refused):
+    trainer = build(tmp_path, max_steps=1)
+    trainer.args.prior, trainer.args.vllm_mode, trainer.args.temperature = "sampling", "server", temperature
+    client = SimpleNamespace(get_server_info=lambda: {"model_config": {"logprobs_mode": mode}})
+    trainer.vllm_generation = SimpleNamespace(vllm_client=client)
+    with pytest.raises(ValueError, match=f"this one has {mode}") if refused else nullcontext():
+        checks.check_model(trainer)
+
+
+def test_a_checkpoint_of_a_dynamic_prior_goes_on_with_a_sampling_one(tmp_path):
+    first = build(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    first.train()
+    again = sampling(tmp_path, max_steps=2)
+    again.e_step.shift.value = None
+    state.load(again, str(tmp_path / "checkpoint-1"))
+    assert again.e_step.shift.value is not None
+    again.args.prior = "fixed"
+    with pytest.raises(ValueError, match="was saved with prior='dynamic'"):
+        state.load(again, str(tmp_path / "checkpoint-1"))
+
+
+def test_a_fixed_prior_is_put_in_place_once_for_all_updates_of_an_e_step(tmp_path):
+    trainer = build(tmp_path, prior="fixed", max_steps=1, e_step_batch_size=8)
+    swaps, swapped_in = [], trainer.prior.initial.swapped_in
+    trainer.prior.initial.swapped_in = lambda: (swaps.append(1), swapped_in())[1]
+    trainer.train()
+    assert len(swaps) == 1 < trainer.args.generation_batch_size // 8
 
 
 def test_methods_without_an_e_step_take_any_of_it(tmp_path):

@@ -82,12 +82,18 @@ def test_generations_that_do_not_divide_the_batch_are_refused_with_those_that_do
 
 def test_an_importance_ratio_of_a_cut_distribution_warns(tmp_path):
     with pytest.warns(UserWarning, match=r"cut distribution \(top_p=0.9\)"):
+        tiny.config(tmp_path, method="joint_loss", use_vllm=True, top_p=0.9)
+    with warnings.catch_warnings():  # without GRPO's loss there is no such ratio
+        warnings.simplefilter("error", UserWarning)
         tiny.config(tmp_path, use_vllm=True, top_p=0.9)
+        tiny.config(tmp_path, method="joint_loss", joint_rl_weight=0.0, use_vllm=True, top_p=0.9)
 
 
 def test_fields_of_grpos_loss_warn_where_they_have_no_effect(tmp_path):
     with pytest.warns(UserWarning, match=r"no effect on training: beta, loss_type"):
         tiny.config(tmp_path, beta=0.1, loss_type="grpo")
+    with pytest.warns(UserWarning, match=r"no effect on training: beta"):
+        tiny.config(tmp_path, method="joint_loss", joint_rl_weight=0.0, beta=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         tiny.config(tmp_path, method="grpo", beta=0.1)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from tests import tiny
 from tests.mixed_lengths import build, counted
 from vpd_trl import scoring
 from vpd_trl.batch import concatenated, loss_mask, rows_of
 from vpd_trl.lengths import by_length, compact, of_like_length, row_lengths, within_budget
-from vpd_trl.network import causal_lm
+from vpd_trl.network import causal_lm, has_dropout
 
 
 def padded(lengths, prompt=7, completion=9, *, holes=False):
@@ -93,6 +93,34 @@ def test_padding_does_not_move_the_positions_of_a_model_that_learns_them(tmp_pat
             alone = model.eval()(ids[None]).logits[0].log_softmax(-1)[prompt - 1 : -1]
             alone = alone.gather(1, ids[prompt:, None])[:, 0]
             torch.testing.assert_close(together[i, :completion], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["joint_loss", "advantage_reshaping"])
+def test_log_probabilities_of_trl_are_not_taken_where_padding_moved_its_positions(tmp_path, tokenizer, method):
+    """TRL passes no positions, so that a model that learns them has others where a row is padded."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 128, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    sizes |= {"vocab_size": len(tokenizer), "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPTBigCodeConfig(**sizes, eos_token_id=1)
+    model = GPTBigCodeForCausalLM(config)
+    model.transformer.wpe.weight.data.normal_()
+    assert not has_dropout(model)
+    changes = {"method": method, "m_step_importance_clip": 2.0, "num_iterations": 2, "max_steps": 1}
+    data = tiny.dataset(8).map(lambda row, i: {"prompt": row["prompt"] * (1 + i % 3)}, with_indices=True)
+    trainer = build(tmp_path, mdl=model, data=data, learning_rate=0.0, **changes)
+    trainer.train()
+    batch = trainer._buffered_inputs[0]
+    mask = loss_mask(batch).bool() & batch["has_feedback"].unsqueeze(-1)
+    assert not torch.allclose(batch["old_per_token_logps"][mask], trainer.scorer.frozen_logps(batch)[mask], atol=0.1)
+    torch.testing.assert_close(trainer.scorer.sampling_logps(batch)[mask], trainer.scorer.frozen_logps(batch)[mask])
+
+
+def test_gpt_2_without_dropout_has_none():
+    sizes = {"n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    assert not has_dropout(
+        GPT2LMHeadModel(GPT2Config(vocab_size=9, **sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    )
+    assert has_dropout(GPT2LMHeadModel(GPT2Config(vocab_size=9, **sizes)))
 
 
 def partitions(rows):
@@ -231,16 +259,34 @@ def test_rows_of_unlike_length_go_through_the_network_apart_and_nothing_else_cha
     torch.testing.assert_close(logps, trainer.scorer.frozen_logps(batch, teacher=True), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reason", ["gathers", "reentrant"])
-def test_rows_stay_together_where_a_forward_pass_must_go_through_the_network_once(unlike, reason):
+@pytest.mark.parametrize(
+    ("kwargs", "together"),
+    [
+        ("gathers", True),
+        ({"use_reentrant": True}, True),
+        ({"preserve_rng_state": False}, True),  # torch's default is the reentrant form
+        ({"use_reentrant": False}, False),
+        (None, False),
+    ],
+    ids=str,
+)
+def test_rows_stay_together_where_a_forward_pass_must_go_through_the_network_once(unlike, kwargs, together):
     trainer, batch = unlike
-    if reason == "gathers":
+    if kwargs == "gathers":
         trainer.engine.gathers_weights = True
     else:
-        trainer.args.gradient_checkpointing = True
-        trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+        trainer.model.gradient_checkpointing_enable(kwargs)
     del trainer.scorer.__dict__["_keeps_rows_together"]
-    assert len(passes(trainer, batch)[0]) == 2
+    assert (len(passes(trainer, batch)[0]) == 2) is together
+
+
+def test_rows_without_a_target_go_through_no_network(unlike):
+    trainer, batch = unlike
+    batch = {**batch, "completion_mask": batch["completion_mask"].clone()}
+    batch["completion_mask"][::2] = 0
+    rows = int((batch["has_feedback"] & loss_mask(batch).any(1)).sum())
+    assert 0 < rows < batch["has_feedback"].sum()
+    assert sum(passes(trainer, batch)[0]) == 2 * rows
 
 
 @pytest.mark.parametrize("method", ["joint_loss", "advantage_reshaping"])

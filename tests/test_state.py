@@ -95,6 +95,15 @@ def test_rollouts_that_are_split_otherwise_are_refused_and_others_are_not(tmp_pa
     assert trainer.rollout_batches == 5
 
 
+def test_importance_ratios_can_not_begin_within_a_rollout_batch(tmp_path):
+    changes = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "method": "sdpo"}
+    run(tmp_path, **changes)
+    with pytest.raises(ValueError, match="holds no log-probabilities for m_step_importance_clip"):
+        run(tmp_path, resume=str(tmp_path / "checkpoint-3"), m_step_importance_clip=2.0, **changes)
+    run(tmp_path / "with", m_step_importance_clip=2.0, **changes)
+    run(tmp_path / "with", resume=str(tmp_path / "with" / "checkpoint-3"), m_step_importance_clip=2.0, **changes)
+
+
 def test_rollouts_that_an_earlier_run_left_in_the_folder_are_not_taken(tmp_path):
     run(tmp_path, max_steps=3, steps_per_generation=4, gradient_accumulation_steps=1)
     assert (tmp_path / "checkpoint-3" / "vpd_rollouts_0.pt").exists()

@@ -503,3 +503,22 @@ def test_our_log_probabilities_are_trls_whatever_the_architecture_does_to_logits
             batch["completion_ids"].size(1),
         )
     assert torch.allclose(ours, theirs * batch["completion_mask"], atol=1e-5)
+
+
+def test_an_engine_that_leaves_the_model_in_training_does_not_make_training_of_an_evaluation(tmp_path):
+    """Continuous batching does."""
+    trainer = tiny.trainer(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset=tiny.dataset(8))
+    single, modes = trainer._generate_single_turn, []
+
+    def sample(*args, **kwargs):
+        modes.append(trainer.model.training)
+        found = single(*args, **kwargs)
+        trainer.model.train()
+        return found
+
+    trainer._generate_single_turn = sample
+    trainer.train()
+    assert modes[0]
+    assert modes[1:]
+    assert not any(modes[1:])
+    assert any("eval_reward" in entry for entry in trainer.state.log_history)

@@ -113,6 +113,8 @@ class Annotator:
         trainer, annotation = self.trainer, self._annotation
         assert annotation is not None
         self._annotation = None
+        with stop_together(trainer.accelerator):
+            trainer.prior.check(batch)
         batch |= trainer.teacher_inputs(annotation.prompts, annotation.feedback, batch)
         batch["outcome"] = annotation.outcome
         self.ahead.put_into(batch)

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from .config import VPDConfig
 from .feedback.collect import FeedbackCollector
+from .processes import stop_together
 from .prompts import check_prompt
 
 
@@ -191,6 +192,9 @@ def check_model(trainer: VPDTrainer) -> None:
             f"distillation_top_k ({args.distillation_top_k}) is above the size of the vocabulary ({vocabulary}); "
             "use None for the full vocabulary."
         )
+    if args.prior == "sampling" and trainer.parts.refines_teacher:
+        with stop_together(trainer.accelerator):
+            _check_server(trainer)
     if trainer.aux_loss_enabled and not trainer.args.rl_weight:
         logger.warning(
             f"method={args.method!r} does not add the load-balancing loss of this mixture-of-experts model "
@@ -208,6 +212,19 @@ def _columns_of(*datasets: Any) -> set[str]:
             names = getattr(data, "column_names", None)
             found |= set(next(iter(data), {}) if names is None else names)
     return found
+
+
+def _check_server(trainer: VPDTrainer) -> None:
+    """That a vLLM server reports log-probabilities of the distribution that it samples from."""
+    args = trainer.args
+    if args.vllm_mode != "server" or args.temperature == 1.0 or not trainer.accelerator.is_main_process:
+        return
+    mode = trainer.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"prior='sampling' with temperature={args.temperature} needs a vLLM server with --logprobs-mode "
+            f"processed_logprobs; this one has {mode}. Restart it so, or use prior='dynamic'."
+        )
 
 
 def _check_engine(trainer: VPDTrainer) -> None:
@@ -242,7 +259,10 @@ def _check_engine(trainer: VPDTrainer) -> None:
         )
     if args.teacher == "lora" and args.fp16:
         raise ValueError("teacher='lora' is not supported with fp16=True; use bf16=True or float32.")
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    kwargs = (
+        args.gradient_checkpointing_kwargs
+    )  # without any transformers takes the other form, with some torch this one
+    reentrant = args.gradient_checkpointing and bool(kwargs) and kwargs.get("use_reentrant", True)
     if args.method == "joint_loss" and reentrant and trainer.accelerator.num_processes > 1:
         raise ValueError(
             "method='joint_loss' runs the model twice before each backward pass, which reentrant checkpointing does "

@@ -87,8 +87,8 @@ class VPDConfig(GRPOConfig):
             Momentum m in [0, 1) of the reward shift: δ ← m · δ + (1 − m) · batch value (eq. 9).
         reward_shift (`str`, *optional*, defaults to `"batch"`):
             What the reward shift is an average of: `"batch"`, the implicit rewards of each E-step's batch before it
-            trains on it, which takes a forward pass; or `"running"`, those that each M-step finds on its batch anyway.
-            The latter needs the dynamic prior, or `"sampling"`, and a teacher whose targets are of the weights that the
+            trains on it, which takes a forward pass; or `"running"`, those that each M-step finds on its batch anyway (only
+            the first E-step makes the pass, and with `e_step_epochs` each epoch's own pass counts too). The latter needs the dynamic prior, or `"sampling"`, and a teacher whose targets are of the weights that the
             E-step trains (not `"ema"`).
         log_ratio_reduction (`str`, *optional*, defaults to `"sum"`):
             Log-ratio of a rollout: `"sum"` over its tokens (the paper's), or their `"mean"`.

@@ -159,20 +159,34 @@ def _check_sources_of_implicit_rewards(config: VPDConfig) -> None:
         )
 
 
+# What makes rollouts come from another distribution than the student's at its temperature, and values that don't
+_SHAPING = {
+    "top_p": (1.0,),
+    "top_k": (0, -1, None),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+}
+_SHAPING_VLLM = (
+    *_SHAPING,
+    *("temperature", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "allowed_token_ids"),
+    *("min_tokens", "logits_processors", "structured_outputs", "guided_decoding"),
+)
+
+
 def cut_distribution(config: VPDConfig) -> list[str]:
-    """What makes rollouts come from another distribution than the student's at its temperature."""
-    cut = {
-        "top_p": (config.top_p, 1.0),
-        "top_k": (config.top_k, 0),
-        "min_p": (config.min_p, None),
-        "repetition_penalty": (config.repetition_penalty, 1.0),
-    }
-    return [f"{name}={value}" for name, (value, neutral) in cut.items() if value != neutral]
+    """What makes vLLM sample from another distribution than the student's at its temperature."""
+    found = [
+        f"{name}={getattr(config, name)}" for name, neutral in _SHAPING.items() if getattr(config, name) not in neutral
+    ]
+    if config.vllm_structured_outputs_regex is not None:
+        found.append(f"vllm_structured_outputs_regex={config.vllm_structured_outputs_regex!r}")
+    inner = {name: value for name, value in (config.generation_kwargs or {}).items() if name in _SHAPING_VLLM}
+    return found + ([f"generation_kwargs={inner}"] if inner else [])
 
 
 def warn_about_fields_without_effect(config: VPDConfig) -> None:
     """Fields that were set and do nothing with this method."""
-    if config.use_vllm and config.vllm_importance_sampling_correction:
+    if config.rl_weight and config.use_vllm and config.vllm_importance_sampling_correction:
         changed = cut_distribution(config)
         if changed:
             warnings.warn(
@@ -181,7 +195,7 @@ def warn_about_fields_without_effect(config: VPDConfig) -> None:
                 "Sample from the full distribution, or set vllm_importance_sampling_correction=False.",
                 stacklevel=4,
             )
-    if config.parts.policy_gradient:
+    if config.rl_weight:
         return
     defaults = {f.name: f.default for f in fields(GRPOConfig)}
     changed = [name for name in _GRPO_LOSS_FIELDS if getattr(config, name) != defaults[name]]

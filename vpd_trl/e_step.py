@@ -98,8 +98,9 @@ class EStep:
         possible = [u for u in updates if min(u.positives, u.negatives) >= self.args.e_step_min_per_class]
 
         # Both frozen at the start: the prior for the whole E-step (appendix A.4), the teacher for the first shift
+        priors = iter(self.trainer.prior.logps([b for u in possible for b in u.micro_batches], fresh=fresh))
         for u in possible:
-            u.priors = self.trainer.prior.logps(u.micro_batches, fresh=fresh)
+            u.priors = [next(priors) for _ in u.micro_batches]
         if self.args.reward_shift == "batch" or self.shift.value is None:
             with self.trainer.teacher.training_context():
                 for u in possible:

@@ -30,7 +30,7 @@ class Engine:
         trainer: The trainer, with its model and accelerator, maybe before they are prepared for training.
     """
 
-    # Whether a process holds only a part of each weight, from the start of training
+    # Whether copies of weights are made of what this process holds of each, from the start of training
     shards_weights = False
 
     # Whether a forward pass waits for all other processes, so that they must make equally many

@@ -36,7 +36,8 @@ def hidden_states(
     # `base_model` of a transformers model is what stands before the head
     network = causal_lm(model).base_model
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
-    if _takes_positions(type(network).forward):  # as generation counts: without them padding would move a row's tokens
+    wrapped = getattr(network, "module", network)  # by FSDP's first version
+    if _takes_positions(type(wrapped).forward):  # as generation counts: without them padding would move a row's tokens
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return network(**inputs, use_cache=False).last_hidden_state
 
@@ -47,6 +48,22 @@ def _takes_positions(forward: Callable[..., Any]) -> bool:
     # Names of inputs that are images stand in the signatures of these models alone
     names = inspect.signature(forward).parameters
     return "position_ids" in names and "pixel_values" not in names
+
+
+def recomputes_reentrantly(model: nn.Module) -> bool:
+    """Whether recomputing activations starts backward passes of its own, in each of which DDP takes gradients to be whole."""
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and checkpoint is not None:
+            # torch's own default is True
+            return bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", True))
+    return False
+
+
+def positions_are_relative(model: Any) -> bool:
+    """Whether moving all tokens of a row by as many places changes nothing, as with rotary positions."""
+    config = causal_lm(model).config.get_text_config()
+    return any(getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
 
 
 def head_of(model: Any, *, temperature: float, float32: bool = False) -> Head:
@@ -110,7 +127,7 @@ def has_dropout(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
         isinstance(rate, float) and rate > 0
         for name, rate in vars(causal_lm(model).config.get_text_config()).items()
-        if name.endswith(("dropout", "pdrop"))
+        if name.endswith(("dropout", "pdrop")) and not name.startswith("summary_")  # GPT-2's, of another head
     )
 
 

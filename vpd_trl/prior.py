@@ -36,6 +36,14 @@ class DynamicPrior:
     def begin(self) -> None:
         """Called, once or again, when training begins and the weights are where they stay."""
 
+    def check(self, batch: Batch) -> None:
+        """
+        Check that a rollout batch has what the prior needs.
+
+        Raises:
+            ValueError: If it has not.
+        """
+
     def logps(self, batches: list[Batch], *, fresh: bool) -> list[torch.Tensor]:
         """
         Log-probabilities (b, T) of the rollouts in each batch, without gradient or dropout, 0 where the loss mask is 0.
@@ -64,6 +72,13 @@ class SamplingPrior(DynamicPrior):
     """
 
     is_student = False
+
+    def check(self, batch: Batch) -> None:
+        if "sampling_per_token_logps" not in batch:
+            raise ValueError(
+                "prior='sampling' needs the log-probabilities of samples, and the rollouts came without any. Let "
+                "rollout_func return them as 'logprobs', or use prior='dynamic'."
+            )
 
     def logps(self, batches: list[Batch], *, fresh: bool) -> list[torch.Tensor]:
         """As `DynamicPrior.logps`; batches with a token that vLLM has no number for take the pass all the same."""

@@ -14,7 +14,14 @@ from .batch import IMAGES, TOKEN_TYPES, Batch, loss_mask, pieces_of, rows_of
 from .distillation import Comparison, Distillation, distill
 from .lengths import CPU_PASS_COST, GPU_PASS_COST, compact, of_like_length, up_to_targets
 from .losses import Head, importance_ratio, sequence_log_ratio
-from .network import at_head, has_dropout, hidden_states, scoring_mode
+from .network import (
+    at_head,
+    has_dropout,
+    hidden_states,
+    positions_are_relative,
+    recomputes_reentrantly,
+    scoring_mode,
+)
 
 
 if TYPE_CHECKING:
@@ -64,11 +71,11 @@ class Scorer:
             return torch.cat([self.sampled_logps(model, piece, teacher=teacher) for piece in pieces])
 
     def rows_to_score(self, batch: Batch) -> torch.Tensor:
-        """The rows of a batch that have to be scored: those with feedback, or all where processes go through together."""
+        """The rows of a batch that have to be scored: with feedback and a target, or all where processes go together."""
         has_feedback = batch["has_feedback"]
         if self.trainer.engine.gathers_weights:  # equally many passes on all processes
             return torch.arange(len(has_feedback), device=has_feedback.device)
-        return has_feedback.nonzero().squeeze(-1)
+        return (has_feedback & loss_mask(batch).any(-1)).nonzero().squeeze(-1)
 
     def student_logps(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         """
@@ -91,10 +98,10 @@ class Scorer:
         """
         The student's `frozen_logps` of rollouts that have just been sampled, of those with feedback at least.
 
-        Those that TRL has computed, if it has.
+        Those that TRL has computed, if it has: with dropout, and at the places that padding gives tokens.
         """
-        old_logps = batch.get("old_per_token_logps")
-        if old_logps is not None and not has_dropout(self.trainer.model):
+        old_logps, model = batch.get("old_per_token_logps"), self.trainer.model
+        if old_logps is not None and positions_are_relative(model) and not has_dropout(model):
             return old_logps
         return self.student_logps(batch, self.rows_to_score(batch))
 
@@ -158,7 +165,7 @@ class Scorer:
         Rows of unlike length go through the network apart, where that saves more padding than a pass costs.
         """
         groups = self._groups(batch, mask, teacher=teacher)
-        if len(groups) < 2:
+        if not groups:
             return self._hidden_together(model, batch, mask, teacher=teacher)
         row = mask.nonzero()[:, 0]  # of each of the n tokens
         found, places = [], []
@@ -168,21 +175,19 @@ class Scorer:
         return torch.cat(found)[torch.cat(places).argsort()]
 
     def _groups(self, batch: Batch, mask: torch.Tensor, *, teacher: bool) -> list[torch.Tensor]:
-        """Rows that go through the network together."""
+        """Rows that go through the network together, without those that have no target; none if all go together."""
         if len(mask) == 1 or self._keeps_rows_together or "pixel_values" in batch:
             return []
         prompt, completion = batch["teacher_prompt_mask" if teacher else "prompt_mask"], batch["completion_mask"]
-        lengths = (prompt.sum(1) + up_to_targets(completion, mask).sum(1)) * mask.any(1)
+        rows = mask.any(1).nonzero()[:, 0]
+        lengths = (prompt.sum(1) + up_to_targets(completion, mask).sum(1))[rows]
         cost = CPU_PASS_COST if mask.device.type == "cpu" else GPU_PASS_COST
-        return [torch.tensor(group, device=mask.device) for group in of_like_length(lengths.tolist(), cost)]
+        return [rows[group] for group in of_like_length(lengths.tolist(), cost)]
 
     @cached_property
     def _keeps_rows_together(self) -> bool:
-        """Whether one forward pass must go through the network once."""
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-        # Recomputing starts backward passes of its own then, in each of which DDP takes gradients to be whole
-        recomputes = self.args.gradient_checkpointing and reentrant
-        return self.trainer.engine.gathers_weights or bool(recomputes)
+        """Whether a forward pass must go through the network once."""
+        return self.trainer.engine.gathers_weights or recomputes_reentrantly(self.trainer.model)
 
     def _hidden_together(self, model: Any, batch: Batch, mask: torch.Tensor, *, teacher: bool) -> torch.Tensor:
         """`_hidden` of rows that are padded to the longest of them."""

@@ -107,6 +107,9 @@ def load(trainer: VPDTrainer, folder: str) -> None:
         return
     state = torch.load(path, map_location="cpu", weights_only=True)
     for field in ("teacher", "prior"):
+        here = getattr(trainer.args, field)
+        if {state.get(f"{field}_kind", here), here} == {"dynamic", "sampling"}:
+            continue  # neither of these priors has a state
         if state.get(f"{field}_kind", getattr(trainer.args, field)) != getattr(trainer.args, field):
             raise ValueError(
                 f"{folder} was saved with {field}={state[f'{field}_kind']!r}, but this run has "
@@ -136,6 +139,12 @@ def load(trainer: VPDTrainer, folder: str) -> None:
         rollouts = os.path.join(folder, ROLLOUTS_FILE.format(trainer.accelerator.process_index))
         # Not `map_location`: torch can't load to the "cpu:0" that accelerate names with several CPU processes
         saved = torch.load(rollouts, map_location="cpu", weights_only=True)
+        if trainer.args.weighs_importance and "student_logps" not in saved["batches"][0]:
+            raise ValueError(
+                f"{folder} was saved in the middle of a rollout batch, of which it holds no log-probabilities for "
+                "m_step_importance_clip. Resume without it, or from a checkpoint between rollout batches (every "
+                "steps_per_generation × num_iterations micro-batches)."
+            )
         trainer._buffered_inputs = send_to_device(saved["batches"], trainer.accelerator.device)
         trainer._pending_e_step = trainer._buffered_inputs if saved["e_step_is_pending"] else None
 

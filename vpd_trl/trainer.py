@@ -281,8 +281,11 @@ class VPDTrainer(GRPOTrainer):
         return batch
 
     def _generate(self, prompts: list) -> Any:
+        training = self.model.training
         generated = super()._generate(prompts)
-        if self.parts.uses_feedback and self.model.training:
+        if self.model.training != training:  # continuous batching leaves the model in training
+            self.model.train(training)
+        if self.parts.uses_feedback and training:
             self.annotator.ahead.generated(*generated[:3])
         return generated
 
