@@ -44,7 +44,7 @@ def commit():
 
 
 def record(path, scenario, found, **about):
-    """Write what was found of a scenario into a results file, beside what it has of others."""
+    """Write what was found of a scenario, and at which commit, into a results file, beside what it has of others."""
     scenarios = json.loads(path.read_text())["scenarios"] if path.exists() else {}
-    scenarios[scenario] = found
-    path.write_text(json.dumps({**about, "commit": commit(), "scenarios": scenarios}, indent=1) + "\n")
+    scenarios[scenario] = {"commit": commit(), **found}
+    path.write_text(json.dumps({**about, "scenarios": scenarios}, indent=1) + "\n")
