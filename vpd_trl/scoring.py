@@ -98,7 +98,7 @@ class Scorer:
         """
         The student's `frozen_logps` of rollouts that have just been sampled, of those with feedback at least.
 
-        Those that TRL has computed, if it has: with dropout, and at the places that padding gives tokens.
+        Those that TRL has computed, if it has, unless dropout or positions that padding moves made others of them.
         """
         old_logps, model = batch.get("old_per_token_logps"), self.trainer.model
         if old_logps is not None and positions_are_relative(model) and not has_dropout(model):
