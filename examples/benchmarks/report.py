@@ -57,8 +57,11 @@ def table() -> str:
                 add(what, "`sdpo`", found[f"{name} over sdpo"]["ratio"], 1.1)
                 add("the same", "`GRPOTrainer`", found[f"{name} over trl grpo"]["ratio"], 1.3)
     if feedback:
-        what = "feedback that takes 1 s for each of 64 rollouts: added to a batch"
-        add(what, "1 s", feedback["added for each second of sleep"], 1.1)
+        added = feedback["added for each second of sleep"]
+        met = "yes" if added < 2 else "no"  # in line it would be 64
+        rows.append(
+            f"| feedback that takes 1 s for each of 64 rollouts: added to a batch | 1 s | {added:.2f} | about 1 | {met} |"
+        )
     if imports:
         add("`from vpd_trl import VPDTrainer`", "`from trl import GRPOTrainer`", imports["ratio"], 1.1)
     return "\n".join(rows)
