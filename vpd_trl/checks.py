@@ -259,9 +259,8 @@ def _check_engine(trainer: VPDTrainer) -> None:
         )
     if args.teacher == "lora" and args.fp16:
         raise ValueError("teacher='lora' is not supported with fp16=True; use bf16=True or float32.")
-    kwargs = (
-        args.gradient_checkpointing_kwargs
-    )  # without any transformers takes the other form, with some torch this one
+    # Without keywords transformers takes the other form; with some, torch takes this one
+    kwargs = args.gradient_checkpointing_kwargs
     reentrant = args.gradient_checkpointing and bool(kwargs) and kwargs.get("use_reentrant", True)
     if args.method == "joint_loss" and reentrant and trainer.accelerator.num_processes > 1:
         raise ValueError(

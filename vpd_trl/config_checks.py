@@ -146,9 +146,9 @@ def _check_sources_of_implicit_rewards(config: VPDConfig) -> None:
         return
     if config.prior == "sampling" and not config.use_vllm:
         raise ValueError("prior='sampling' takes the log-probabilities that vLLM reports, so it needs use_vllm=True.")
-    if config.prior == "sampling" and cut_distribution(config):
+    if config.prior == "sampling" and (changed := cut_distribution(config)):
         raise ValueError(
-            f"prior='sampling' needs rollouts of the full distribution; got {', '.join(cut_distribution(config))}, with "
+            f"prior='sampling' needs rollouts of the full distribution; got {', '.join(changed)}, with "
             "which vLLM's log-probabilities are of another one. Use prior='dynamic', or leave these at their defaults."
         )
     if config.reward_shift == "running" and (config.teacher == "ema" or config.prior == "fixed"):

@@ -123,9 +123,7 @@ class FixedPrior(DynamicPrior):
         self.initial.load_state_dict(state["initial"])
 
 
-PRIORS = {"dynamic": DynamicPrior, "fixed": FixedPrior, "sampling": SamplingPrior}
-
-
 def make_prior(trainer: VPDTrainer) -> DynamicPrior:
     """The prior that `VPDConfig.prior` names; without an E-step, which alone has one, there is nothing to keep."""
-    return PRIORS[trainer.args.prior if trainer.parts.refines_teacher else "dynamic"](trainer)
+    kinds = {"dynamic": DynamicPrior, "fixed": FixedPrior, "sampling": SamplingPrior}
+    return kinds[trainer.args.prior if trainer.parts.refines_teacher else "dynamic"](trainer)

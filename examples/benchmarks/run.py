@@ -109,7 +109,7 @@ def run_time() -> dict[str, Any]:
 
 def feedback() -> dict[str, Any]:
     """A function that sleeps for a second for each rollout, and one that answers at once."""
-    waits, at_once = (side_by_side(3, "waiting", ("vpd", {"each": each}))[0] for each in (1.0, 0.0))
+    waits, at_once = side_by_side(3, "waiting", ("vpd", {"each": 1.0}), ("vpd", {"each": 0.0}))
     median = {
         name: {part: statistics.median(entry[part] for entry in entries) for part in ("feedback", "e_step")}
         for name, entries in (("sleeps", waits), ("at once", at_once))
